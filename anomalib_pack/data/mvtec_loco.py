@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""MVTec LOCO AD with anomaly groups.
+
+Bergmann, Batzner, Fauser, Sattlegger, Steger: Beyond Dents and Scratches: Logical Constraints in Unsupervised Anomaly
+Detection and Localization, IJCV 130, 2022, doi:10.1007/s11263-022-01578-9. The images are CC BY-NC-SA 4.0.
+
+Anomalib's own ``MVTecLOCO`` reads the same folders. This one tells logical from structural anomalies, works with
+pandas 3, downloads the data set, and says which file is wrong when one is.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from anomalib.data.datamodules.image.mvtec_loco import MVTecLOCO
+from anomalib.data.datasets.base import AnomalibDataset
+from anomalib.data.datasets.image.mvtec_loco import CATEGORIES, DOWNLOAD_INFO, IMG_EXTENSIONS
+from anomalib.data.utils import LabelName, Split, ValSplitMode, download_and_extract, read_image, read_mask
+from anomalib.data.utils.download import generate_hash
+from anomalib.utils.path import resolve_dataset_root
+from pandas import DataFrame
+from torchvision.transforms.v2 import Transform
+from torchvision.tv_tensors import Mask
+
+from anomalib_pack.data.grouped import GroupedImageBatch, GroupedImageItem
+
+logger = logging.getLogger(__name__)
+
+# The folder of each split; Anomalib calls the validation split "val".
+SPLIT_FOLDERS = {Split.TRAIN: "train", Split.VAL: "validation", Split.TEST: "test"}
+
+
+class MVTecLocoDataset(AnomalibDataset):
+    """One category of MVTec LOCO, or of any data set in its folder format.
+
+    Every item is a :class:`~anomalib_pack.data.GroupedImageItem`: ``group`` is the name of the image's folder
+    (``logical_anomalies``, ``structural_anomalies``), and the empty string for ``good``. ``gt_mask`` is the union of
+    all masks of the image; ``mask_path`` is the folder that holds them, one file per defect, and the empty string for
+    ``good``.
+
+    Args:
+        root: Folder of the data set, which holds one folder per category. With ``None``, Anomalib's datasets folder.
+        category: Folder of the category.
+        augmentations: Applied to image and mask together.
+        split: ``"train"``, ``"val"`` or ``"test"``; ``None`` reads all three.
+
+    Raises:
+        FileNotFoundError: If the folder of the category or of the split is missing.
+        RuntimeError: If the split has no images, or an anomalous image has no masks.
+    """
+
+    def __init__(
+        self,
+        root: Path | str | None = None,
+        category: str = "breakfast_box",
+        augmentations: Transform | None = None,
+        split: str | Split | None = None,
+    ) -> None:
+        super().__init__(augmentations=augmentations)
+        self.root_category = resolve_dataset_root(root, "MVTec_LOCO") / category
+        self.category = category
+        self.split = split
+        self.samples = make_dataset(self.root_category, split)
+
+    def __getitem__(self, index: int) -> GroupedImageItem:
+        """Read an image and the union of its masks.
+
+        Raises:
+            OSError: If the image or one of its masks cannot be read.
+            ValueError: If the size of a mask is not that of the image.
+        """
+        sample = self.samples.iloc[index]
+        image = _read(read_image, sample.image_path)
+        mask = Mask(torch.zeros(image.shape[-2:], dtype=torch.bool))
+        if sample.label_index == LabelName.ABNORMAL:
+            for path in _image_files(Path(sample.mask_path)):
+                mask |= _read_mask_of_size(path, mask.shape)
+        if self.augmentations:
+            image, mask = self.augmentations(image, mask)
+        return GroupedImageItem(
+            image=image,
+            gt_mask=mask,
+            gt_label=torch.tensor(sample.label_index),
+            image_path=sample.image_path,
+            mask_path=sample.mask_path,
+            group=sample.group,
+        )
+
+    @property
+    def collate_fn(self) -> Callable:
+        """The collate function, which keeps the groups."""
+        return GroupedImageBatch.collate
+
+
+def make_dataset(root_category: Path, split: str | Split | None = None) -> DataFrame:
+    """List the images of a category, or of one of its splits.
+
+    Args:
+        root_category: Folder of the category.
+        split: ``"train"``, ``"val"`` or ``"test"``; ``None`` lists all three.
+
+    Returns:
+        One row per image with the columns that Anomalib's datasets have (``path``, ``split``, ``label``,
+        ``image_path``, ``mask_path``, ``label_index``) and ``group``. ``mask_path`` is the folder with the masks of
+        the image, ``""`` for a normal one.
+
+    Raises:
+        FileNotFoundError: If the folder of the category or of the split is missing.
+        RuntimeError: If the split has no images, or an anomalous image has no masks.
+    """
+    splits = SPLIT_FOLDERS if split is None else [Split(split)]
+    samples = DataFrame([row for each in splits for row in _split_rows(root_category, each)])
+    # Anomalib writes no masks with its result pictures for a classification task.
+    samples.attrs["task"] = "segmentation"
+    return samples
+
+
+def _split_rows(root_category: Path, split: Split) -> list[dict]:
+    folder = root_category / SPLIT_FOLDERS[split]
+    if not folder.is_dir():
+        msg = f"There is no folder {folder}. Check `root` and `category`, or call prepare_data() to get the data set."
+        raise FileNotFoundError(msg)
+    rows = [
+        _row(root_category, split, label_folder, image_path)
+        for label_folder in sorted(path for path in folder.iterdir() if path.is_dir())
+        for image_path in _image_files(label_folder)
+    ]
+    if not rows:
+        msg = f"There are no images in {folder}/*/: files named *{' or *'.join(IMG_EXTENSIONS)} are expected there."
+        raise RuntimeError(msg)
+    return rows
+
+
+def _row(root_category: Path, split: Split, label_folder: Path, image_path: Path) -> dict:
+    label = label_folder.name
+    is_good = label == "good"
+    return {
+        "path": str(root_category),
+        "split": split.value,
+        "label": label,
+        "image_path": str(image_path),
+        "mask_path": "" if is_good else str(_mask_folder(root_category, label, image_path)),
+        "label_index": int(LabelName.NORMAL if is_good else LabelName.ABNORMAL),
+        "group": "" if is_good else label,
+    }
+
+
+def _mask_folder(root_category: Path, label: str, image_path: Path) -> Path:
+    folder = root_category / "ground_truth" / label / image_path.stem
+    if not folder.is_dir() or not _image_files(folder):
+        msg = (
+            f"The anomalous image {image_path} has no masks: {folder} is missing or empty. "
+            "Restore that folder (one PNG per defect), or remove the image."
+        )
+        raise RuntimeError(msg)
+    return folder
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in IMG_EXTENSIONS)
+
+
+def _read(reader: Callable, path: str | Path) -> torch.Tensor:
+    # Pillow raises SyntaxError for a broken chunk and ValueError for a broken header, and names no file.
+    try:
+        return reader(path, as_tensor=True)
+    except (OSError, SyntaxError, ValueError) as error:
+        msg = f"Cannot read {path}: {error}. Replace the file, or remove it from the data set."
+        raise OSError(msg) from error
+
+
+def _read_mask_of_size(path: Path, size: torch.Size) -> torch.Tensor:
+    mask = _read(read_mask, path)
+    if mask.shape != size:
+        msg = f"The mask {path} has size {tuple(mask.shape)} (height, width), its image has {tuple(size)}."
+        raise ValueError(msg)
+    return mask.bool()
+
+
+class MVTecLoco(MVTecLOCO):
+    """MVTec LOCO with anomaly groups.
+
+    The arguments are those of Anomalib's ``MVTecLOCO``. Differences: batches are
+    :class:`~anomalib_pack.data.GroupedImageBatch`, and ``prepare_data`` downloads the data set (several gigabytes)
+    where ``root`` does not exist yet or is empty.
+
+    Example:
+        >>> datamodule = MVTecLoco(root="./datasets/MVTec_LOCO", category="pushpins", eval_batch_size=8)
+        >>> datamodule.name, datamodule.category
+        ('MVTecLoco', 'pushpins')
+    """
+
+    def prepare_data(self) -> None:
+        """Download and extract the data set where there is none.
+
+        Raises:
+            ValueError: If ``root`` holds files, but not this category, or if MVTec LOCO has no such category. Nothing
+                is downloaded then. Also if an archive left in ``root`` by an earlier run is not complete.
+        """
+        if (self.root / self.category).is_dir():
+            logger.info("Found the dataset.")
+            return
+        archive = self.root / DOWNLOAD_INFO.url.rsplit("/", 1)[-1]
+        if archive.is_file():
+            # Anomalib deletes the archive once it is extracted, so an earlier run was cut off.
+            _check_archive(archive)
+        else:
+            self._check_downloadable()
+        download_and_extract(self.root, DOWNLOAD_INFO)
+
+    def _check_downloadable(self) -> None:
+        """Keep a wrong path or a misspelt category from starting a download of gigabytes."""
+        found = list_categories(self.root)
+        if found:
+            msg = f"There is no category {self.category!r} in {self.root}; found there: {', '.join(found)}."
+            raise ValueError(msg)
+        if self.category not in CATEGORIES:
+            msg = (
+                f"There is no folder {self.root / self.category} and nothing to download: "
+                f"{self.category!r} is not a category of MVTec LOCO, which has {', '.join(CATEGORIES)}."
+            )
+            raise ValueError(msg)
+        if self.root.is_dir() and any(self.root.iterdir()):
+            msg = (
+                f"{self.root} holds files, but no category in the format of MVTec LOCO. Correct `root`, "
+                "or give a new or empty folder to download the data set into."
+            )
+            raise ValueError(msg)
+
+    def _setup(self, _stage: str | None = None) -> None:
+        """Read the three splits; Anomalib's base class then applies the split modes."""
+        self.train_data = MVTecLocoDataset(self.root, self.category, split=Split.TRAIN)
+        self.test_data = MVTecLocoDataset(self.root, self.category, split=Split.TEST)
+        # The other modes make their own validation set, so the folder may be missing.
+        if self.val_split_mode in {ValSplitMode.FROM_DIR, ValSplitMode.NONE}:
+            self.val_data = MVTecLocoDataset(self.root, self.category, split=Split.VAL)
+
+
+def _check_archive(archive: Path) -> None:
+    if generate_hash(archive, "sha256") != DOWNLOAD_INFO.hashsum:
+        msg = f"{archive} is not the complete archive of MVTec LOCO. Delete it, and run again to download it anew."
+        raise ValueError(msg)
+
+
+def list_categories(root: Path) -> list[str]:
+    """Return the names of the folders in ``root`` that have the format of MVTec LOCO; none if ``root`` is missing."""
+    if not root.is_dir():
+        return []
+    return sorted(path.name for path in root.iterdir() if (path / "train" / "good").is_dir())
