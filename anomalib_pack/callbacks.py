@@ -1,0 +1,38 @@
+"""Callbacks for any Anomalib model."""
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch import Callback, seed_everything
+
+
+class SeedEverything(Callback):
+    """Makes runs repeatable, from Python and in configurations of the ``anomalib`` command.
+
+    The command declares ``--seed_everything`` but never uses it. It does build the callbacks of the trainer before
+    the model, so that seeding in this constructor covers the initial weights. Seeding again when training starts
+    makes the rest of the run independent of how many random numbers the construction drew. From Python, build it
+    before the model.
+
+    Args:
+        seed: Seed of Python, NumPy, PyTorch and the workers of data loaders, in [0, 2^32 - 1].
+
+    Raises:
+        ValueError: If the seed is out of range.
+
+    Example:
+        >>> from anomalib.engine import Engine
+        >>> from anomalib.models import Stfpm
+        >>> seeding = SeedEverything(42)
+        >>> engine, model = Engine(callbacks=[seeding]), Stfpm()  # doctest: +SKIP
+    """
+
+    def __init__(self, seed: int) -> None:
+        if not 0 <= seed < 2**32:
+            msg = f"seed must be in [0, {2**32 - 1}], got {seed}."
+            raise ValueError(msg)
+        self.seed = seed
+        seed_everything(seed, workers=True)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Seed the order of the data and whatever else the training draws."""
+        del trainer, pl_module
+        seed_everything(self.seed, workers=True)

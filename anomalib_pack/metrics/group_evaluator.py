@@ -1,0 +1,213 @@
+"""Anomalib's evaluation, overall and per group of test images.
+
+Each metric is computed by its own class on fields of the test batches that are stored once::
+
+    on_test_batch_end   fields of the batch -> store
+    on_test_epoch_end   for each metric, for overall and each group: fresh copy, update with the subset, compute, log
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
+from typing import Literal
+
+import torch
+from anomalib.data import Batch
+from anomalib.metrics import AUPRO, AUROC, AnomalibMetric, F1Score
+from anomalib.metrics.evaluator import Evaluator
+from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch import distributed as dist
+
+from anomalib_pack.metrics.samples import copied, select, unpadded_count
+
+EVERY_GROUP = ""  # Group of the images that belong to every group.
+
+
+def default_test_metrics() -> list[AnomalibMetric]:
+    """Anomalib's default test metrics and the pixel AUPRO; pixel metrics are left out for data without masks."""
+    return [
+        AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
+        F1Score(fields=["pred_label", "gt_label"], prefix="image_"),
+        AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+        F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_", strict=False),
+        AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+    ]
+
+
+class GroupEvaluator(Evaluator):
+    """Evaluator that reports test metrics overall, per group of images, and as the unweighted mean over groups.
+
+    Overall values have Anomalib's names (``image_AUROC``), those of groups and the mean a suffix
+    (``image_AUROC_logical_anomalies``, ``image_AUROC_mean``). With groups, a table is printed and written to
+    ``metrics.csv`` in the trainer's ``default_root_dir``. A group without normal or without anomalous images is left
+    out with a warning. Several processes give the values of one: every image counts once.
+
+    Args:
+        val_metrics: Validation metrics, as in Anomalib's ``Evaluator``.
+        test_metrics: Test metrics; None means :func:`default_test_metrics`.
+        compute_on_cpu: Keep the stored fields in main memory; without effect with several devices, as in Anomalib.
+        group_by: ``"group"`` uses the batch's field of that name, with one string per image, and ``""`` for images
+            that belong to every group; batches without it have no groups. ``"folder"`` uses the name of the folder of
+            anomalous images, which is the type of defect in MVTec AD; normal images belong to every group.
+
+    Raises:
+        ValueError: If ``group_by`` is neither of the two.
+
+    Example:
+        >>> from anomalib.models import Patchcore
+        >>> from anomalib_pack.metrics import GroupEvaluator
+        >>> model = Patchcore(pre_trained=False, evaluator=GroupEvaluator(group_by="folder"))
+    """
+
+    def __init__(
+        self,
+        val_metrics: AnomalibMetric | Sequence[AnomalibMetric] | None = None,
+        test_metrics: AnomalibMetric | Sequence[AnomalibMetric] | None = None,
+        compute_on_cpu: bool = True,
+        group_by: Literal["group", "folder"] = "group",
+    ) -> None:
+        if group_by not in {"group", "folder"}:
+            msg = f"group_by must be 'group' or 'folder', got {group_by!r}."
+            raise ValueError(msg)
+        super().__init__(val_metrics, compute_on_cpu=compute_on_cpu)
+        # A plain list in place of the module list: AUPRO's buffer would enter checkpoints, which then could be loaded
+        # with this evaluator only.
+        del self.test_metrics
+        self.test_metrics = self.validate_metrics(default_test_metrics() if test_metrics is None else test_metrics)
+        self.group_by = group_by
+        self._store: list[SimpleNamespace] = []
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget an earlier run that was cut short."""
+        del trainer, pl_module
+        self._store.clear()
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT | None,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Store what the metrics need of the batch."""
+        del outputs
+        count = unpadded_count(trainer.test_dataloaders, batch_idx, dataloader_idx)
+        fields = {field for metric in self.test_metrics for field in metric.fields} | {"gt_label"}
+        samples = copied(select(batch, fields, slice(count)), self._store_device(trainer, pl_module))
+        samples.group = self._groups(batch)[:count]
+        self._store.append(samples)
+
+    def _store_device(self, trainer: Trainer, pl_module: LightningModule) -> torch.device:
+        """Where fields are kept; collective operations may need them on the accelerator."""
+        return torch.device("cpu") if self.compute_on_cpu and trainer.num_devices == 1 else pl_module.device
+
+    def _groups(self, batch: Batch) -> list[str]:
+        """Group of each image of a batch."""
+        if self.group_by == "group" and getattr(batch, "group", None) is not None:
+            return batch.group
+        if self.group_by == "folder" and batch.image_path is not None and batch.gt_label is not None:
+            return [
+                Path(path).parent.name if anomalous else EVERY_GROUP
+                for path, anomalous in zip(batch.image_path, batch.gt_label.tolist(), strict=True)
+            ]
+        return [EVERY_GROUP] * batch.batch_size
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute, log, print and write the metrics."""
+        groups = self._reported_groups(trainer)
+        rows = {"": {}} | {group: {} for group in groups}
+        device = self._store_device(trainer, pl_module)
+        for metric in self.test_metrics:
+            for group, row in rows.items():
+                value = self._compute(metric.clone().to(device), group)
+                if value is not None:
+                    row[metric.name] = value
+        self._store.clear()
+        if groups:
+            rows["mean"] = mean_row([rows[group] for group in groups])
+        self._log(rows, trainer)
+        if groups and trainer.is_global_zero:
+            Console().print(rich_table(rows))
+            write_csv(rows, Path(trainer.default_root_dir) / "metrics.csv")
+
+    def _reported_groups(self, trainer: Trainer) -> list[str]:
+        """Names of the groups that have normal and anomalous images, counting the images of all processes."""
+        labels: dict[str, set[bool]] = {}
+        for samples in self._store:
+            for index, group in enumerate(samples.group):
+                # Without ground truth nothing is known to be missing.
+                known = {True, False} if samples.gt_label is None else {bool(samples.gt_label[index])}
+                labels.setdefault(group, set()).update(known)
+        shares = [labels]
+        if trainer.world_size > 1:
+            shares = [{}] * trainer.world_size
+            dist.all_gather_object(shares, labels)
+        groups = sorted({group for share in shares for group in share} - {EVERY_GROUP})
+        return [group for group in groups if _has_both_labels(group, shares)]
+
+    def _compute(self, metric: AnomalibMetric, group: str) -> float | None:
+        """Value of a fresh metric for a group, or for all images; None if its fields are missing."""
+        members = [_members(samples, group) for samples in self._store]
+        updates = [index for index, mask in enumerate(members) if mask.any()]
+        # A process without images of the group has to take part in the synchronisation.
+        for index in updates or [0]:
+            samples, mask = self._store[index], members[index]
+            metric.update(samples if mask.all() else select(samples, metric.fields, mask))
+        value = metric.compute()
+        return None if value is None else float(value)
+
+    def _log(self, rows: dict[str, dict[str, float]], trainer: Trainer) -> None:
+        for group, row in rows.items():
+            for name, value in row.items():
+                key = f"{name}_{group}" if group else name
+                # All processes have the same value: averaging changes nothing, but Lightning asks for it.
+                self.log(key, value, sync_dist=True)
+                if trainer.barebones:  # Logging is off, and Anomalib reads the results here.
+                    trainer.callback_metrics[key] = trainer.logged_metrics[key] = torch.tensor(value)
+
+
+def _has_both_labels(group: str, shares: list[dict[str, set[bool]]]) -> bool:
+    found = set().union(*(share.get(name, set()) for share in shares for name in (group, EVERY_GROUP)))
+    for label, name in ((False, "normal"), (True, "anomalous")):
+        if label not in found:
+            rank_zero_warn(f"Group {group!r} has no {name} test images: its metrics do not exist and are left out.")
+    return len(found) == 2
+
+
+def _members(samples: SimpleNamespace, group: str) -> Tensor:
+    """Mask of shape (B,): which samples belong to the group; to the group "" belong all."""
+    return torch.tensor([group in {"", name} or name == EVERY_GROUP for name in samples.group], dtype=torch.bool)
+
+
+def mean_row(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Unweighted mean of each metric over the rows that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: fmean(row[name] for row in rows if name in row) for name in names}
+
+
+def rich_table(rows: dict[str, dict[str, float]]) -> Table:
+    """Table for the console: groups down, metrics across; without the overall row, which Lightning prints."""
+    names = list(rows[""])
+    headers = [name.replace("_", " ") for name in names]  # So that they wrap between words on narrow terminals.
+    table = Table("group", *headers, title="Test metrics per group")
+    for group, row in rows.items():
+        if group:
+            table.add_row(group, *(f"{row[name]:.4f}" if name in row else "" for name in names))
+    return table
+
+
+def write_csv(rows: dict[str, dict[str, float]], path: Path) -> None:
+    """Write the table with the overall row first; metrics that do not exist are empty."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["group", *rows[""]])
+        writer.writeheader()
+        writer.writerows({"group": group or "overall"} | row for group, row in rows.items())

@@ -1,0 +1,45 @@
+"""Script: python ddp_run.py IMAGES RESULTS DEVICES. Trains and tests on the CPU; the first process writes results."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+from tiny_model import TinyModel
+
+from anomalib_pack.metrics import GroupEvaluator
+from anomalib_pack.post_processing import RankPreservingPostProcessor
+
+
+def main():
+    images, results, devices = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    torch.manual_seed(0)
+    model = TinyModel(
+        post_processor=RankPreservingPostProcessor(image_quantile=0.9, pixel_quantile=0.9),
+        evaluator=GroupEvaluator(group_by="folder"),
+    )
+    # No step changes the weights, so that one and two processes evaluate the same model.
+    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.0)
+    # 7 validation and 25 test images: odd numbers, so that the distributed sampler repeats one.
+    datamodule = MVTecAD(images, "cloth", 4, 3, num_workers=0, val_split_mode="from_train", val_split_ratio=0.3, seed=0)
+    engine = Engine(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        max_epochs=1,
+        default_root_dir=results,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    engine.fit(model, datamodule=datamodule)
+    metrics = engine.test(model, datamodule=datamodule)[0]
+    names = ("_image_threshold", "_pixel_threshold", "image_min", "image_max", "pixel_min", "pixel_max")
+    statistics = {name: getattr(model.post_processor, name).item() for name in names}
+    if engine.trainer.is_global_zero:
+        (results / "results.json").write_text(json.dumps({"statistics": statistics, "metrics": metrics}))
+
+
+if __name__ == "__main__":
+    main()
