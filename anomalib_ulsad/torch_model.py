@@ -301,8 +301,8 @@ class UlsadModel(nn.Module):
         if absent:
             msg = f"The state dict does not fit this model. Missing: {absent}"
             raise ValueError(msg)
-        own["feature_mean"] = official["mean_std.mean"].view_as(self.feature_mean)
-        own["feature_std"] = official["mean_std.std"].view_as(self.feature_std)
+        own["feature_mean"] = official["mean_std.mean"].view(1, -1, 1, 1)
+        own["feature_std"] = official["mean_std.std"].view(1, -1, 1, 1)
         for branch, name in (("structural", "local"), ("logical", "global")):
             pair = (official[f"quantiles.qa_{name}"], official[f"quantiles.qb_{name}"])
             own[f"{branch}_quantiles"] = torch.stack([quantile.squeeze() for quantile in pair])

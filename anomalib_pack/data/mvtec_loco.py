@@ -73,10 +73,11 @@ class MVTecLocoDataset(AnomalibDataset):
         """
         sample = self.samples.iloc[index]
         image = _read(read_image, sample.image_path)
-        mask = Mask(torch.zeros(image.shape[-2:], dtype=torch.bool))
+        union = torch.zeros(image.shape[-2:], dtype=torch.bool)
         if sample.label_index == LabelName.ABNORMAL:
             for path in _image_files(Path(sample.mask_path)):
-                mask |= _read_mask_of_size(path, mask.shape)
+                union |= _read_mask_of_size(path, union.shape)
+        mask = Mask(union)  # augmentations leave plain tensors alone
         if self.augmentations:
             image, mask = self.augmentations(image, mask)
         return GroupedImageItem(
