@@ -4,6 +4,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -94,10 +95,13 @@ def random_cut(part: Part, rng: np.random.Generator) -> Callable[[np.ndarray, np
     return cut
 
 
-def bezier(start: np.ndarray, bend: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Return 40 points, shape (40, 2), of the quadratic Bezier curve through ``start`` and ``end``."""
+def bezier(*controls: np.ndarray) -> np.ndarray:
+    """Return 40 points, shape (40, 2), of the Bezier curve with these control points, each of shape (2,)."""
     t = np.linspace(0, 1, 40)[:, None]
-    return (1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end
+    points = list(controls)
+    while len(points) > 1:
+        points = [(1 - t) * first + t * second for first, second in pairwise(points)]
+    return points[0]
 
 
 def _direction(rng: np.random.Generator) -> np.ndarray:

@@ -106,6 +106,41 @@ def clip(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> Surface:
     return Surface(distance, 0.016 * _bevel(distance, 0.007), _vary([0.85, 0.66, 0.14], rng), 0.0)
 
 
+def terminal(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> Surface:
+    """A terminal block with a clamping screw; the wire enters at positive u."""
+    distance = _rounded_box(u, v, 0.062, 0.046, 0.010)
+    screw_u, slot_angle = u + 0.016, rng.uniform(0, np.pi)
+    radius = np.hypot(screw_u, v)
+    head = radius < 0.024
+    slot = head & (np.abs(screw_u * np.sin(slot_angle) - v * np.cos(slot_angle)) < 0.0035)
+    entry = _rounded_box(u - 0.042, v, 0.012, 0.016, 0.004) < 0
+    height = 0.030 * _bevel(distance, 0.008)
+    height = np.where(radius < 0.028, 0.016, height) + np.where(head, 0.006 * _bevel(radius - 0.024, 0.004), 0)
+    height = np.where(slot, 0.014, np.where(entry, 0.012, height))
+    color = np.where(head[..., None], _vary(STEEL * 0.95, rng), _vary([0.20, 0.33, 0.27], rng))
+    color = np.where(entry[..., None], color * 0.35, color)
+    return Surface(distance, height.astype(np.float32), color.astype(np.float32), head.astype(np.float32))
+
+
+def fuse_socket(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> Surface:
+    """A black socket with two contacts."""
+    distance = _rounded_box(u, v, 0.046, 0.036, 0.006)
+    contact = (np.abs(np.abs(u) - 0.021) < 0.004) & (np.abs(v) < 0.017)
+    color = np.where(contact[..., None], STEEL * 0.7, _vary([0.09, 0.09, 0.10], rng))
+    height = 0.012 * _bevel(distance, 0.004) - 0.006 * contact
+    return Surface(distance, height.astype(np.float32), color.astype(np.float32), contact.astype(np.float32))
+
+
+def fuse(u: np.ndarray, v: np.ndarray, rng: np.random.Generator, color: tuple[float, float, float]) -> Surface:
+    """A blade fuse with a raised middle and two test points."""
+    distance = _rounded_box(u, v, 0.039, 0.024, 0.006)
+    middle = _rounded_box(u, v, 0.020, 0.024, 0.003)
+    point = np.hypot(np.abs(u) - 0.030, v) < 0.0045
+    height = 0.016 * _bevel(distance, 0.005) + 0.008 * _bevel(middle, 0.005) - 0.004 * point
+    rgb = np.where(point[..., None], STEEL * 0.8, _vary(np.float32(color), rng))
+    return Surface(distance, height.astype(np.float32), rgb.astype(np.float32), point.astype(np.float32))
+
+
 def _rounded_box(u: np.ndarray, v: np.ndarray, half_u: float, half_v: float, corner: float) -> np.ndarray:
     """Return the signed distance to a rectangle with rounded corners."""
     past_u, past_v = np.abs(u) - half_u + corner, np.abs(v) - half_v + corner
@@ -118,3 +153,6 @@ SCREW = Part("screw", screw, 0.031, 0.085)
 CAP = Part("cap", cap, 0.043)
 PLUG = Part("plug", plug, 0.028, 0.06)
 CLIP = Part("clip", clip, 0.035, 0.024)
+
+TERMINAL = Part("terminal", terminal, 0.046, 0.030)
+FUSE_SOCKET = Part("fuse_socket", fuse_socket, 0.036, 0.022)

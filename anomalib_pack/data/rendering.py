@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-# Three samples per pixel and axis: edges come out smooth without any analytic anti-aliasing of the shading.
-SUPERSAMPLING = 3
+# Samples per pixel and axis. Outlines are anti-aliased by their distance, so that two are enough for the highlights.
+SUPERSAMPLING = 2
 
 
 @dataclass
@@ -23,13 +23,14 @@ class Surface:
     """A part over a window of the canvas, all arrays of the window's shape (H, W).
 
     ``distance`` is the signed distance to the outline, negative inside; ``height`` is above the ground that the part
-    lies on; ``color`` is RGB in [0, 1], shape (3,) or (H, W, 3); ``metal`` is 0 for plastic and 1 for bare metal.
+    lies on; ``color`` is RGB in [0, 1], shape (3,) or (H, W, 3); ``metal`` is 0 for plastic and 1 for bare metal, one number or an
+    array.
     """
 
     distance: np.ndarray
     height: np.ndarray
     color: np.ndarray
-    metal: float
+    metal: float | np.ndarray
 
 
 class Canvas:

@@ -7,6 +7,7 @@ For demos, tests and a first look at a model, without a download and without a l
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -18,10 +19,10 @@ from PIL import Image
 from rich.progress import track
 from torchvision.transforms.v2 import Transform
 
-from anomalib_pack.data import tray
+from anomalib_pack.data import board, tray
 from anomalib_pack.data.mvtec_loco import MVTecLoco
 
-SCENES = {"tray": tray}
+SCENES = {"tray": tray, "board": board}
 
 # Raised whenever the same parameters give other pictures, so that results are never compared across renderings.
 RENDERING = 1
@@ -173,19 +174,28 @@ class SyntheticLoco(MVTecLoco):
 
     def _render(self, folder: Path) -> None:
         """Write all files of the category into a new folder."""
-        scene = SCENES[self.category]
-        pixel_values = _write_defects_config(folder, scene, self.image_size)
+        pixel_values = _write_defects_config(folder, SCENES[self.category], self.image_size)
         images = list(self._images())
-        for number, (split, group, index) in enumerate(track(images, f"Rendering {folder.name}")):
-            # Every image has a generator of its own: neither other images nor the global state have a say in it.
-            rng = np.random.default_rng([self.render_seed, number])
-            defects = [] if group == "good" else scene.draw_defects(group, rng)
-            image, masks = scene.render(self.image_size, defects, rng)
-            _write_png(folder / split / group / f"{index:03}.png", image)
-            for mask_index, (defect, mask) in enumerate(zip(defects, masks, strict=True)):
-                mask_path = folder / "ground_truth" / group / f"{index:03}" / f"{mask_index:03}.png"
-                _write_png(mask_path, mask.astype(np.uint8) * np.uint8(pixel_values[defect]))
+        with ThreadPoolExecutor() as pool:
+            jobs = pool.map(lambda job: self._render_image(folder, pixel_values, *job), enumerate(images))
+            for _ in track(jobs, f"Rendering {self.category}", total=len(images)):
+                pass
         (folder / "info.json").write_text(json.dumps(self._parameters, indent=2))
+
+    def _render_image(
+        self, folder: Path, pixel_values: dict[str, int], number: int, image_place: tuple[str, str, int]
+    ) -> None:
+        """Write an image and its masks."""
+        split, group, index = image_place
+        scene = SCENES[self.category]
+        # Every image has a generator of its own: neither other images nor the global state have a say in it.
+        rng = np.random.default_rng([self.render_seed, number])
+        defects = [] if group == "good" else scene.draw_defects(group, rng)
+        image, masks = scene.render(self.image_size, defects, rng)
+        _write_png(folder / split / group / f"{index:03}.png", image)
+        for mask_index, (defect, mask) in enumerate(zip(defects, masks, strict=True)):
+            mask_path = folder / "ground_truth" / group / f"{index:03}" / f"{mask_index:03}.png"
+            _write_png(mask_path, mask.astype(np.uint8) * np.uint8(pixel_values[defect]))
 
     def _images(self) -> Iterator[tuple[str, str, int]]:
         """Yield split folder, group folder and number of every image."""
