@@ -13,8 +13,8 @@ from anomalib_pack.metrics import GroupEvaluator
 from anomalib_pack.post_processing import RankPreservingPostProcessor
 
 
-def main():
-    images, results, devices = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+def run(images, results, devices, val_split_mode):
+    """Thresholds and other statistics, and test metrics."""
     torch.manual_seed(0)
     model = TinyModel(
         post_processor=RankPreservingPostProcessor(image_quantile=0.9, pixel_quantile=0.9),
@@ -22,8 +22,10 @@ def main():
     )
     # No step changes the weights, so that one and two processes evaluate the same model.
     model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.0)
-    # 7 validation and 25 test images: odd numbers, so that the distributed sampler repeats one.
-    datamodule = MVTecAD(images, "cloth", 4, 3, num_workers=0, val_split_mode="from_train", val_split_ratio=0.3, seed=0)
+    # 7 normal images for validation, or the 25 test images: odd numbers, so that the distributed sampler repeats one.
+    datamodule = MVTecAD(
+        images, "cloth", 4, 3, num_workers=0, val_split_mode=val_split_mode, val_split_ratio=0.3, seed=0
+    )
     engine = Engine(
         accelerator="cpu",
         devices=devices,
@@ -37,8 +39,16 @@ def main():
     metrics = engine.test(model, datamodule=datamodule)[0]
     names = ("_image_threshold", "_pixel_threshold", "image_min", "image_max", "pixel_min", "pixel_max")
     statistics = {name: getattr(model.post_processor, name).item() for name in names}
-    if engine.trainer.is_global_zero:
-        (results / "results.json").write_text(json.dumps({"statistics": statistics, "metrics": metrics}))
+    return {"statistics": statistics, "metrics": metrics}, engine.trainer.is_global_zero
+
+
+def main():
+    images, results, devices = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    found = {}
+    for val_split_mode in ("from_train", "same_as_test"):
+        found[val_split_mode], is_first = run(images, results / val_split_mode, devices, val_split_mode)
+    if is_first:
+        (results / "results.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

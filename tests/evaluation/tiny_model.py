@@ -61,7 +61,7 @@ class RawScores(Callback):
     def __init__(self):
         self.paths, self.scores, self.maps, self.labels, self.masks = [], [], [], [], []
 
-    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+    def on_test_batch_end(self, _trainer, _pl_module, outputs, *_):
         self.paths += outputs.image_path
         self.scores.append(outputs.pred_score.clone())
         self.maps.append(outputs.anomaly_map.clone())

@@ -1,0 +1,220 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+from anomalib.metrics import AUPR, AUROC, Evaluator, F1Max
+from anomalib.models import Patchcore
+from anomalib.post_processing import PostProcessor
+from sklearn.metrics import f1_score, roc_auc_score
+from tiny_model import RawScores, TinyModel
+
+from anomalib_pack.metrics import GroupEvaluator, default_test_metrics
+from anomalib_pack.post_processing import RankPreservingPostProcessor
+
+DEFAULT_NAMES = ["image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO"]
+
+
+def mvtec(images, val_split_mode="from_train"):
+    return MVTecAD(images, "cloth", 4, 4, num_workers=0, val_split_mode=val_split_mode, val_split_ratio=0.3, seed=0)
+
+
+def train_and_test(model, datamodule, results, max_epochs=1):
+    """Test results, raw scores and engine of a real run."""
+    raw = RawScores()
+    engine = Engine(
+        callbacks=[raw],
+        accelerator="cpu",
+        max_epochs=max_epochs,
+        default_root_dir=results,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    engine.fit(model, datamodule=datamodule)
+    return engine.test(model, datamodule=datamodule)[0], raw, engine
+
+
+def tiny_model(post_processor, evaluator=True):
+    torch.manual_seed(0)
+    return TinyModel(post_processor=post_processor, evaluator=evaluator)
+
+
+def patchcore(post_processor, evaluator=True):
+    torch.manual_seed(0)
+    return Patchcore(
+        backbone="resnet18",
+        pre_trained=False,
+        coreset_sampling_ratio=0.05,
+        pre_processor=Patchcore.configure_pre_processor((32, 32)),
+        post_processor=post_processor,
+        evaluator=evaluator,
+        visualizer=False,
+    )
+
+
+def errors(metrics, raw):
+    """Differences of image and pixel AUROC from scikit-learn's on raw scores."""
+    _, scores, maps, labels, masks = raw.arrays()
+    return [
+        abs(metrics["image_AUROC"] - roc_auc_score(labels, scores)),
+        abs(metrics["pixel_AUROC"] - roc_auc_score(masks.ravel() > 0, maps.ravel())),
+    ]
+
+
+@pytest.mark.parametrize("build", [tiny_model, patchcore])
+def test_auroc_with_normal_validation_is_that_of_raw_scores(build, images, tmp_path):
+    metrics, raw, _ = train_and_test(build(RankPreservingPostProcessor()), mvtec(images), tmp_path / "ours")
+    assert max(errors(metrics, raw)) < 1e-4
+    metrics, raw, _ = train_and_test(build(PostProcessor()), mvtec(images), tmp_path / "stock")
+    assert max(errors(metrics, raw)) > 1e-2
+
+
+def test_auroc_of_scores_in_the_tens_is_that_of_raw_scores(images, tmp_path):
+    """Stock scores that are not normalised saturate in the sigmoid of torchmetrics."""
+    datamodule = mvtec(images, "same_as_test")
+    metrics, raw, _ = train_and_test(tiny_model(RankPreservingPostProcessor()), datamodule, tmp_path / "ours")
+    assert min(raw.arrays()[1]) > 20
+    assert max(errors(metrics, raw)) < 1e-4
+    stock = tiny_model(PostProcessor(enable_normalization=False))
+    metrics, raw, _ = train_and_test(stock, datamodule, tmp_path / "stock")
+    assert max(errors(metrics, raw)) > 1e-2
+
+
+@pytest.fixture(scope="module")
+def by_folder(images, tmp_path_factory):
+    """Run with groups by folder."""
+    model = tiny_model(RankPreservingPostProcessor(), GroupEvaluator(group_by="folder"))
+    return *train_and_test(model, mvtec(images), tmp_path_factory.mktemp("by_folder")), model
+
+
+def test_groups_are_subsets(by_folder):
+    metrics, raw, engine, model = by_folder
+    paths, scores, maps, labels, masks = raw.arrays()
+    folders = np.array([Path(path).parent.name for path in paths])
+    predicted = scores >= model.post_processor.raw_image_threshold.item()
+    predicted_masks = maps >= model.post_processor.raw_pixel_threshold.item()
+    for group in ("hole", "stain"):
+        chosen = (folders == group) | (folders == "good")
+        truth = masks[chosen].ravel() > 0
+        expected = {
+            "image_AUROC": roc_auc_score(labels[chosen], scores[chosen]),
+            "image_F1Score": f1_score(labels[chosen], predicted[chosen]),
+            "pixel_AUROC": roc_auc_score(truth, maps[chosen].ravel()),
+            "pixel_F1Score": f1_score(truth, predicted_masks[chosen].ravel()),
+        }
+        for name, value in expected.items():
+            assert metrics[f"{name}_{group}"] == pytest.approx(value, abs=1e-4)
+    assert metrics["pixel_AUPRO_hole"] > metrics["pixel_AUPRO_stain"]
+    for name in DEFAULT_NAMES:
+        mean = (metrics[f"{name}_hole"] + metrics[f"{name}_stain"]) / 2
+        assert metrics[f"{name}_mean"] == pytest.approx(mean, abs=1e-6)
+    assert set(metrics) == {f"{name}{end}" for name in DEFAULT_NAMES for end in ("", "_hole", "_stain", "_mean")}
+    assert {name: value.item() for name, value in engine.trainer.callback_metrics.items()} == metrics
+
+
+def test_overall_is_stock(by_folder, images, tmp_path):
+    model = tiny_model(RankPreservingPostProcessor(), Evaluator(test_metrics=default_test_metrics()))
+    stock, _, _ = train_and_test(model, mvtec(images), tmp_path)
+    assert stock == {name: by_folder[0][name] for name in DEFAULT_NAMES}
+
+
+def test_csv(by_folder):
+    metrics, _, engine, _ = by_folder
+    with (Path(engine.trainer.default_root_dir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["group"] for row in rows] == ["overall", "hole", "stain", "mean"]
+    for row in rows:
+        group = row.pop("group")
+        assert list(row) == DEFAULT_NAMES
+        for name, value in row.items():
+            key = name if group == "overall" else f"{name}_{group}"
+            assert float(value) == pytest.approx(metrics[key], abs=1e-6)
+
+
+def test_checkpoint_loads_with_the_stock_evaluator(by_folder):
+    _, _, engine, model = by_folder
+    loaded = TinyModel.load_from_checkpoint(engine.trainer.checkpoint_callback.best_model_path)
+    assert type(loaded.evaluator) is Evaluator
+    assert torch.equal(loaded.model.encode.weight, model.model.encode.weight)
+
+
+def test_batches_without_group(images, tmp_path, capsys):
+    model = tiny_model(RankPreservingPostProcessor(), GroupEvaluator())
+    metrics, _, engine = train_and_test(model, mvtec(images), tmp_path)
+    assert list(metrics) == DEFAULT_NAMES
+    assert not (Path(engine.trainer.default_root_dir) / "metrics.csv").exists()
+    assert "Test metrics per group" not in capsys.readouterr().out
+
+
+def test_metrics_of_the_user_per_group(images, tmp_path, capsys):
+    evaluator = GroupEvaluator(
+        val_metrics=AUROC(fields=["pred_score", "gt_label"], prefix="val_"),
+        test_metrics=[
+            AUPR(fields=["pred_score", "gt_label"]),
+            F1Max(fields=["pred_score", "gt_label"], prefix="image_"),
+        ],
+        group_by="folder",
+    )
+    model = tiny_model(RankPreservingPostProcessor(), evaluator)
+    metrics, _, engine = train_and_test(model, mvtec(images, "same_as_test"), tmp_path)
+    names = {f"{name}{end}" for name in ("AUPR", "image_F1Max") for end in ("", "_hole", "_stain", "_mean")}
+    assert set(metrics) == names
+    assert engine.validate(model, datamodule=mvtec(images, "same_as_test"))[0].keys() == {"val_AUROC"}
+    assert "Test metrics per group" in capsys.readouterr().out
+
+
+def test_groups_of_a_loco_dataset(loco, tmp_path):
+    model = tiny_model(RankPreservingPostProcessor(), GroupEvaluator())
+    metrics, raw, _ = train_and_test(model, loco, tmp_path / "results")
+    paths, scores, _, labels, _ = raw.arrays()
+    folders = np.array([Path(path).parent.name for path in paths])
+    for group in ("logical_anomalies", "structural_anomalies"):
+        chosen = (folders == group) | (folders == "good")
+        expected = roc_auc_score(labels[chosen], scores[chosen])
+        assert metrics[f"image_AUROC_{group}"] == pytest.approx(expected, abs=1e-4)
+    assert metrics["image_AUROC_logical_anomalies"] != metrics["image_AUROC_structural_anomalies"]
+
+
+def test_group_without_normal_images_is_left_out(images, tmp_path):
+    datamodule = mvtec(images)
+    datamodule.setup()
+    samples = datamodule.test_data.samples
+    datamodule.test_data.samples = samples[samples.label_index == 1].reset_index(drop=True)
+    model = tiny_model(RankPreservingPostProcessor(), GroupEvaluator(group_by="folder"))
+    with pytest.warns(UserWarning, match="Group 'hole' has no normal test images"):
+        metrics, _, _ = train_and_test(model, datamodule, tmp_path)
+    assert set(metrics) == set(DEFAULT_NAMES)
+
+
+def test_unknown_grouping():
+    with pytest.raises(ValueError, match="group_by must be 'group' or 'folder', got 'category'"):
+        GroupEvaluator(group_by="category")
+
+
+def test_two_processes_give_what_one_gives(images, tmp_path):
+    """Each with an odd number of images, of which the distributed sampler repeats one."""
+    found = []
+    for devices in (1, 2):
+        results = tmp_path / str(devices)
+        results.mkdir()
+        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        subprocess.run(
+            [sys.executable, Path(__file__).with_name("ddp_run.py"), images, results, str(devices)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            check=True,
+            capture_output=True,
+            timeout=300,
+        )
+        found.append(json.loads((results / "results.json").read_text()))
+    one, two = found
+    assert two["from_train"]["statistics"] == one["from_train"]["statistics"]
+    assert two["same_as_test"]["statistics"] == one["same_as_test"]["statistics"]
+    for val_split_mode in ("from_train", "same_as_test"):
+        assert two[val_split_mode]["metrics"] == pytest.approx(one[val_split_mode]["metrics"], abs=1e-6)
