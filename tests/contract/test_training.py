@@ -1,0 +1,226 @@
+"""Contract points 1, 4, 6, 8 and 9: training, checkpoints, repeatability, bad input."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.engine import Engine
+from anomalib.models import AnomalibModule
+from cases import Case
+from PIL import Image
+from runs import SEED, Trained, run_cli, run_command, write_config, write_model_config
+
+from anomalib_pack.data import MVTecLoco
+
+HERE = Path(__file__).parent
+
+
+def quiet_engine(root: Path, **arguments) -> Engine:
+    return Engine(default_root_dir=root, accelerator="cpu", enable_progress_bar=False, **arguments)
+
+
+def loco_batch(datamodule: MVTecLoco, model: AnomalibModule) -> torch.Tensor:
+    datamodule.setup()
+    dataset = datamodule.test_data
+    return torch.stack([model.pre_processor.transform(dataset[index].image) for index in range(0, len(dataset), 3)])
+
+
+def same_state(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for key in left:
+        torch.testing.assert_close(left[key], right[key], atol=0, rtol=0, equal_nan=True, msg=key)
+
+
+def test_command_trains_and_tests(trained: Trained, case: Case) -> None:
+    assert trained.checkpoint.is_file()
+    assert (trained.folder / "config.yaml").is_file()
+    for metric in ("image_AUROC", "image_AUROC_logical_anomalies", "image_AUROC_structural_anomalies", "pixel_AUPRO"):
+        assert metric in trained.output
+    pictures = sorted(path.parent.name for path in trained.folder.glob("images/**/*.png"))
+    assert pictures == 4 * ["good"] + 4 * ["logical_anomalies"] + 4 * ["structural_anomalies"]
+    for label in case.progress:
+        assert label in trained.output
+
+
+def test_command_repeats_itself(trained: Trained, tmp_path: Path) -> None:
+    """Same configuration, same machine: the same model, in another process."""
+    run_cli("fit", "--config", trained.config, "--default_root_dir", tmp_path)
+    again = next(tmp_path.glob("**/v0/**/model.ckpt"))
+    same_state(load(trained.checkpoint)["state_dict"], load(again)["state_dict"])
+
+
+def load(checkpoint: Path) -> dict:
+    return torch.load(checkpoint, map_location="cpu", weights_only=True)
+
+
+def test_checkpoint_predicts_the_same(
+    trained: Trained, model_class: type[AnomalibModule], loco: MVTecLoco, tmp_path: Path
+) -> None:
+    """Bit-equal before saving and after loading, without unpickling anything but tensors and plain data."""
+    model = model_class.load_from_checkpoint(trained.checkpoint, weights_only=True).eval()
+    engine = quiet_engine(tmp_path, max_epochs=model.trainer_arguments.get("max_epochs", 1))
+    engine.fit(model, datamodule=loco)
+    batch = loco_batch(loco, model)
+    restored = model_class.load_from_checkpoint(engine.best_model_path, weights_only=True).eval()
+    with torch.no_grad():
+        for ours, theirs in zip(model.eval()(batch), restored(batch), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+
+
+def test_command_tests_predicts_and_validates_a_checkpoint(
+    trained: Trained, name: str, loco_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = ("--config", trained.config, "--ckpt_path", trained.checkpoint)
+    for subcommand in ("test", "validate"):
+        run_cli(subcommand, *shared)
+    tested = run_cli("test", *shared).engine.trainer.callback_metrics
+    assert f"{tested['image_AUROC']:.4f}"[:6] in trained.output
+    folder = loco_root / "tray" / "test" / "good"
+    config = write_model_config(trained)
+    monkeypatch.chdir(trained.config.parent)
+    run_cli("predict", "--config", config, "--data", folder, "--ckpt_path", trained.checkpoint)
+    assert len(list(trained.config.parent.glob(f"results/{name}/latest/images/**/*.png"))) == 4
+
+
+def test_gradients(model: AnomalibModule) -> None:
+    """Every trainable parameter learns, no frozen one does."""
+    network = model.model.train()
+    if not list(network.parameters()) or not any(p.requires_grad for p in network.parameters()):
+        return
+    images = torch.rand(2, 3, *model.input_size, generator=torch.Generator().manual_seed(0))
+    outputs = model.loss(network(images))
+    loss = torch.stack(list(outputs.values())).sum() if isinstance(outputs, dict) else outputs
+    assert loss.ndim == 0
+    assert loss.isfinite()
+    loss.backward()
+    for key, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, key
+            assert parameter.grad.isfinite().all(), key
+        else:
+            assert parameter.grad is None, key
+
+
+def test_a_planted_defect_outscores_normal_images(
+    trained: Trained, model_class: type[AnomalibModule], loco: MVTecLoco
+) -> None:
+    model = model_class.load_from_checkpoint(trained.checkpoint).eval()
+    loco.setup()
+    normal = torch.stack([loco.val_data[index].image for index in range(len(loco.val_data))])
+    normal = model.pre_processor.transform(normal)
+    height, width = normal.shape[-2:]
+    top, left = height // 3, width // 3
+    defect = normal.clone()
+    defect[..., top : top + height // 6, left : left + width // 6] = torch.tensor([0.9, 0.1, 0.9]).view(3, 1, 1)
+    with torch.no_grad():
+        scores, (planted, maps) = model.model(normal).pred_score, model.model(defect)[::2]
+    assert planted.min() > scores.max()
+    inside = maps[..., top : top + height // 6, left : left + width // 6].mean()
+    assert inside > maps.mean()
+
+
+def test_resumes_after_a_kill(trained: Trained, name: str, case: Case, loco_root: Path, tmp_path: Path) -> None:
+    """Killed in its second epoch, resumed from last.ckpt: the epochs, steps and optimiser go on where they were."""
+    checkpoints = {
+        "class_path": "anomalib.callbacks.ModelCheckpoint",
+        "init_args": {"dirpath": str(tmp_path / "checkpoints"), "save_last": True},
+    }
+    callbacks = [checkpoints, {"class_path": "kill.KillInSecondEpoch"}]
+    config = write_config(tmp_path / "c.yaml", name, case, loco_root, tmp_path, callbacks=callbacks, max_epochs=2)
+    killed = run_command("fit", "--config", config, PYTHONPATH=str(HERE))
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    before = load(last)
+    assert before["epoch"] == 0
+
+    config = write_config(tmp_path / "c.yaml", name, case, loco_root, tmp_path, callbacks=[checkpoints], max_epochs=2)
+    engine = run_cli("fit", "--config", config, "--ckpt_path", last).engine
+    assert engine.trainer.current_epoch == 2
+    assert engine.trainer.global_step == 2 * before["global_step"]
+    for state in engine.trainer.optimizers[0].state.values():
+        assert state["step"] == engine.trainer.global_step
+    after = engine.model.state_dict()
+    for key in case.statistics:
+        torch.testing.assert_close(after[key], before["state_dict"][key], atol=0, rtol=0)
+
+
+def test_two_processes_measure_what_one_does(
+    trained: Trained, name: str, case: Case, loco_root: Path, tmp_path
+) -> None:
+    """Training statistics, and everything that validation measures for given weights."""
+    results = {}
+    for devices in (1, 2):
+        output = tmp_path / f"{devices}.pt"
+        command = [sys.executable, HERE / "ddp.py", name, loco_root, trained.checkpoint, output, str(devices)]
+        run = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500, check=False)
+        assert run.returncode == 0, run.stderr[-3000:]
+        results[devices] = load(output)
+    for part in ("trained", "validated"):
+        one, two = results[1][part], results[2][part]
+        assert one.keys() == two.keys()
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], atol=1e-5, rtol=1e-5, equal_nan=True, msg=f"{part} {key}")
+
+
+def test_seeds_decide(model_class: type[AnomalibModule], case: Case) -> None:
+    def state(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        return model_class(**case.arguments).state_dict()
+
+    same_state(state(SEED), state(SEED))
+
+
+def copy_of(loco_root: Path, target: Path) -> Path:
+    shutil.copytree(loco_root / "tray", target / "tray")
+    return target
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_unreadable_image(model: AnomalibModule, loco_root: Path, tmp_path: Path, split: str) -> None:
+    root = copy_of(loco_root, tmp_path)
+    broken = root / "tray" / split / "good" / "002.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(ValueError, match=str(broken)):
+        fit_on(model, root, tmp_path)
+
+
+def fit_on(model: AnomalibModule, root: Path, results: Path, **data) -> None:
+    datamodule = MVTecLoco(root=root, category="tray", train_batch_size=4, eval_batch_size=4, num_workers=0, **data)
+    quiet_engine(results / "results", max_epochs=1).fit(model, datamodule=datamodule)
+
+
+def test_empty_training_set(model: AnomalibModule, loco_root: Path, tmp_path: Path) -> None:
+    root = copy_of(loco_root, tmp_path)
+    for image in (root / "tray" / "train" / "good").iterdir():
+        image.unlink()
+    with pytest.raises((ValueError, RuntimeError), match=str(root / "tray" / "train")):
+        fit_on(model, root, tmp_path)
+
+
+def test_validation_without_normal_images(model: AnomalibModule, loco_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="normal images"):
+        fit_on(model, loco_root, tmp_path, val_split_mode="none")
+
+
+def test_loss_that_is_not_a_number(model: AnomalibModule, loco_root: Path, tmp_path: Path) -> None:
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"loss is nan .*\.png"):
+        fit_on(model, loco_root, tmp_path)
+
+
+def test_uniform_images(model: AnomalibModule, loco_root: Path, tmp_path: Path) -> None:
+    """A training set without any variation gives no NaN."""
+    root = copy_of(loco_root, tmp_path)
+    for split in ("train", "validation"):
+        for image in (root / "tray" / split / "good").iterdir():
+            Image.fromarray(np.full((64, 64, 3), 128, dtype=np.uint8)).save(image)
+    fit_on(model, root, tmp_path)
+    assert all(value.isfinite().all() for value in model.model.state_dict().values())

@@ -1,0 +1,225 @@
+"""ULSAD's networks, statistics and quantiles, and what its arguments switch."""
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import ImageBatch
+from anomalib.engine import Engine
+from torch.utils.data import DataLoader
+
+from anomalib_pack.data import MVTecLoco
+from anomalib_ulsad import Ulsad
+from anomalib_ulsad.torch_model import FeatureReconstructionNetwork, GlobalAutoencoder, UlsadModel
+
+SMALL = {"backbone": "resnet18", "weights": None, "feature_dim": 8}
+IMAGES = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+
+
+def small_model(**arguments) -> UlsadModel:
+    return UlsadModel(**(SMALL | arguments))
+
+
+def fit(model: Ulsad, datamodule: MVTecLoco, root, **arguments) -> Engine:
+    engine = Engine(default_root_dir=root, accelerator="cpu", enable_progress_bar=False, **arguments)
+    engine.fit(model, datamodule=datamodule)
+    return engine
+
+
+def test_sizes_are_the_published_ones() -> None:
+    def millions(network: torch.nn.Module) -> float:
+        return sum(parameter.numel() for parameter in network.parameters()) / 1e6
+
+    assert millions(FeatureReconstructionNetwork(384, 768)) == pytest.approx(65.5, abs=0.05)
+    assert millions(GlobalAutoencoder(384)) == pytest.approx(1.03, abs=0.005)
+
+
+def test_paper_defaults_and_feature_grid() -> None:
+    model = UlsadModel(weights=None).eval()
+    features = model.raw_features(torch.rand(1, 3, 256, 256))
+    assert features.shape == (1, 384, 32, 32)
+    assert (model.backbone.name, model.backbone.strides) == ("wide_resnet50_2", [8, 16])
+
+
+def test_resize_steps_of_the_autoencoder() -> None:
+    """s/64-1, s/32, s/16-1, s/8-1, s/4-1 and the feature grid, each plus 1 through the even kernel's padding."""
+    network, sizes = GlobalAutoencoder(8).eval(), []
+    for name in ("enconv6", "deconv1", "deconv2", "deconv3", "deconv4", "deconv5", "deconv7"):
+        network.get_submodule(name).register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[-2:]))
+    assert network(torch.rand(1, 3, 256, 512), (32, 64)).shape == (1, 8, 32, 64)
+    assert sizes == [(8, 16), (3, 7), (8, 16), (15, 31), (31, 63), (63, 127), (32, 64)]
+
+
+def test_final_activation() -> None:
+    features = torch.randn(2, 8, 16, 16)
+    assert FeatureReconstructionNetwork(8, 8).eval()(features).min() >= 0
+    assert FeatureReconstructionNetwork(8, 8, final_activation=False).eval()(features).min() < 0
+
+
+@pytest.mark.parametrize(
+    ("global_loss", "local_global", "outputs", "terms"),
+    [
+        (None, True, 8, {"local"}),  # Table 3, rows 1 and 6
+        ("feature", False, 8, {"local", "global"}),  # rows 2 and 7
+        ("attention", False, 8, {"local", "global"}),  # rows 3 and 8
+        ("feature", True, 16, {"local", "global", "local_global"}),  # rows 4 and 9
+        ("attention", True, 16, {"local", "global", "local_global"}),  # rows 5 and 10
+    ],
+)
+def test_rows_of_table_3(global_loss: str | None, local_global: bool, outputs: int, terms: set[str]) -> None:
+    model = Ulsad(**SMALL, global_loss=global_loss, local_global_loss=local_global, lambda_l=0, lambda_g=0)
+    losses = model.loss(model.model(IMAGES))
+    assert losses.keys() == terms
+    sum(losses.values()).backward()
+    for name, parameter in model.model.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.isfinite().all()) == (not name.startswith("backbone."))
+    assert model.model.reconstruction.deconv3.out_channels == outputs
+    assert model.model.eval()(IMAGES).anomaly_map.shape == (2, 1, 256, 256)
+
+
+def test_channel_statistics_and_quantiles(loco: MVTecLoco, tmp_path) -> None:
+    """Both are those of the whole training and validation set, for the weights that are kept."""
+    torch.manual_seed(0)
+    model = Ulsad(**SMALL)
+    fit(model, loco, tmp_path, max_epochs=2)
+    network = model.model.eval()
+
+    def images(dataset) -> torch.Tensor:
+        return torch.stack([dataset[index].image for index in range(len(dataset))])
+
+    with torch.no_grad():
+        features = network.raw_features(images(loco.train_data)).double()
+        maps = network.raw_maps(images(loco.val_data))
+    np.testing.assert_allclose(network.feature_mean.flatten(), features.mean(dim=(0, 2, 3)), atol=1e-5)
+    std = features.std(dim=(0, 2, 3), unbiased=False)
+    np.testing.assert_allclose(network.feature_std.flatten(), std, atol=1e-5)
+    for measured, values in (
+        (network.structural_quantiles, maps.structural),
+        (network.logical_quantiles, maps.logical),
+    ):
+        np.testing.assert_allclose(measured, np.quantile(values.numpy(), (0.9, 0.995)), rtol=1e-4)
+
+
+def test_quantiles_take_normal_images_only(loco_root, tmp_path) -> None:
+    torch.manual_seed(0)
+    datamodule = MVTecLoco(
+        root=loco_root, category="tray", eval_batch_size=5, num_workers=0, val_split_mode="same_as_test"
+    )
+    model = Ulsad(**SMALL)
+    fit(model, datamodule, tmp_path, max_epochs=1)
+    normal = [
+        item.image for item in (datamodule.val_data[i] for i in range(len(datamodule.val_data))) if not item.gt_label
+    ]
+    assert len(normal) < len(datamodule.val_data)
+    with torch.no_grad():
+        maps = model.model.eval().raw_maps(torch.stack(normal))
+    expected = np.quantile(maps.structural.numpy(), (0.9, 0.995))
+    np.testing.assert_allclose(model.model.structural_quantiles, expected, rtol=1e-4)
+
+
+def test_quantiles_when_training_ends_between_validations(loco: MVTecLoco, tmp_path) -> None:
+    model = Ulsad(**SMALL)
+    fit(model, loco, tmp_path, max_steps=2)  # 3 steps make an epoch: no validation runs
+    with torch.no_grad():
+        items = [loco.val_data[index].image for index in range(len(loco.val_data))]
+        maps = model.model.eval().raw_maps(torch.stack(items))
+    np.testing.assert_allclose(
+        model.model.logical_quantiles, np.quantile(maps.logical.numpy(), (0.9, 0.995)), rtol=1e-4
+    )
+
+
+def test_length_of_training(loco: MVTecLoco, tmp_path) -> None:
+    """The paper's 200 epochs unless the user sets a length."""
+    model = Ulsad(**SMALL)
+    trainer = fit(model, loco, tmp_path, max_epochs=1).trainer
+    assert (trainer.max_epochs, trainer.current_epoch) == (1, 1)
+
+    class Stop(Exception):
+        """Training would begin now."""
+
+    def stop() -> None:
+        raise Stop
+
+    model.on_train_start = stop
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False)
+    with pytest.raises(Stop):
+        engine.fit(model, datamodule=loco)
+    assert engine.trainer.max_epochs == 200
+
+
+def test_inference_needs_no_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args, **_kwargs) -> None:
+        raise AssertionError
+
+    model = small_model().eval()
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fail)
+    model(IMAGES)
+    with pytest.raises(AssertionError):
+        Ulsad(**SMALL).loss(model.train()(IMAGES))
+
+
+def test_explanation_names_the_branch_that_fired() -> None:
+    model = Ulsad(**SMALL).eval()
+    model.model.structural_quantiles.copy_(torch.tensor([0.0, 1e6]))  # the structural map vanishes
+    batch = model.predict_step(ImageBatch(image=IMAGES, image_path=["a.png", "b.png"]), 0)
+    logical = model.model.maps(IMAGES).logical.amax(dim=(1, 2, 3))
+    assert batch.explanation == [f"logical {score:.2f}, structural 0.00" for score in logical]
+
+
+def official_names(model: UlsadModel) -> dict[str, torch.Tensor]:
+    """The state of a model under the names of the published code."""
+    state = model.state_dict()
+    official = {
+        "mean_std.mean": state["feature_mean"],
+        "mean_std.std": state["feature_std"],
+        "quantiles.qa_local": state["structural_quantiles"][0],
+        "quantiles.qb_local": state["structural_quantiles"][1],
+        "quantiles.qa_global": state["logical_quantiles"][0],
+        "quantiles.qb_global": state["logical_quantiles"][1],
+    }
+    for name, tensor in state.items():
+        own, _, rest = name.partition(".")
+        if own in {"reconstruction", "autoencoder"}:
+            official[{"reconstruction": "featae", "autoencoder": "img_encoder"}[own] + "." + rest] = tensor
+    return official
+
+
+def test_official_state_dict() -> None:
+    torch.manual_seed(0)
+    source = small_model()
+    source.feature_mean.uniform_()
+    source.structural_quantiles.copy_(torch.tensor([0.5, 0.7]))
+    official = {f"model.{name}": tensor for name, tensor in official_names(source).items()}
+    assert {"model.featae.conv1.weight", "model.img_encoder.enconv1.weight"} <= official.keys()
+
+    target = small_model()
+    target.backbone.load_state_dict(source.backbone.state_dict())
+    target.load_official_state_dict(official)
+    torch.testing.assert_close(target.eval()(IMAGES), source.eval()(IMAGES), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("missing", ["featae.conv1.weight", "quantiles.qa_local"])
+def test_official_state_dict_that_does_not_fit(missing: str) -> None:
+    official = official_names(small_model())
+    del official[missing]
+    with pytest.raises(ValueError, match=missing.rsplit(".", maxsplit=1)[-1]):
+        small_model().load_official_state_dict(official)
+    with pytest.raises(ValueError, match=r"conv1\.weight"):
+        small_model(feature_dim=4).load_official_state_dict(official_names(small_model()))
+
+
+def test_a_pre_processor_that_normalises_is_refused() -> None:
+    with pytest.raises(ValueError, match="Normalize"):
+        Ulsad(**SMALL, pre_processor=super(Ulsad, Ulsad).configure_pre_processor())
+
+
+def test_validation_loader_without_normal_images(loco: MVTecLoco, tmp_path) -> None:
+    """Loaders given by hand cannot be checked before training; the quantiles then say what is missing."""
+    loco.setup()
+    anomalous = loco.test_data.subsample([i for i, label in enumerate(loco.test_data.samples.label_index) if label])
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False, max_epochs=1)
+    model = Ulsad(**SMALL)
+    loaders = [DataLoader(data, batch_size=4, collate_fn=data.collate_fn) for data in (loco.train_data, anomalous)]
+    for data in (loco.train_data, anomalous):
+        data.augmentations = model.pre_processor.transform
+    with pytest.raises(ValueError, match="no normal images"):
+        engine.fit(model, *loaders)
