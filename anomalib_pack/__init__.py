@@ -1,1 +1,24 @@
-"""Placeholder, filled below."""
+"""Anomaly detectors that plug into a stock Anomalib: what the methods share.
+
+Importing this package registers every plugin with Anomalib, also where the start-up line is switched off or not run.
+
+A map, from the outside in::
+
+    plugins.py          entry points -> anomalib.models, anomalib.data, the subcommands of `anomalib`
+    _autoload.py        notices when Anomalib is imported; started by the line in `anomalib_pack.pth`
+    data/               datamodules, and their images
+    backbones.py        frozen features of a timm network
+    passes.py           one pass over a data set outside the training loop
+    quantiles.py        quantiles of any number of scores
+    post_processing.py  scores -> normalised scores and decisions
+    metrics/            evaluators that report per group
+    callbacks.py        callbacks for any model
+    checks.py           checks of arguments and data, before an epoch is wasted
+
+A method package (`anomalib_ulsad`, ...) uses these; nothing here knows a method. Import from the modules: this file
+runs whenever Python starts, so it imports nothing else.
+"""
+
+from anomalib_pack import _autoload
+
+_autoload.install()

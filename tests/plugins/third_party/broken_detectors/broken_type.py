@@ -1,0 +1,1 @@
+NotAModel = "a string"

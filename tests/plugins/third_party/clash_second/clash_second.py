@@ -1,0 +1,1 @@
+raise AssertionError("a package whose every name is taken is not imported")
