@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ddp_run
 import numpy as np
 import pytest
 import torch
@@ -13,8 +14,10 @@ from anomalib.engine import Engine
 from anomalib.metrics import AUPR, AUROC, Evaluator, F1Max
 from anomalib.models import Patchcore
 from anomalib.post_processing import PostProcessor
+from lightning import seed_everything
 from sklearn.metrics import f1_score, roc_auc_score
 from tiny_model import RawScores, TinyModel
+from torch.utils.data import DataLoader
 
 from anomalib_pack.metrics import GroupEvaluator, default_test_metrics
 from anomalib_pack.post_processing import RankPreservingPostProcessor
@@ -42,17 +45,17 @@ def train_and_test(model, datamodule, results, max_epochs=1):
 
 
 def tiny_model(post_processor, evaluator=True):
-    torch.manual_seed(0)
+    seed_everything(0)
     return TinyModel(post_processor=post_processor, evaluator=evaluator)
 
 
 def patchcore(post_processor, evaluator=True):
-    torch.manual_seed(0)
+    seed_everything(0)
     return Patchcore(
         backbone="resnet18",
         pre_trained=False,
         coreset_sampling_ratio=0.05,
-        pre_processor=Patchcore.configure_pre_processor((32, 32)),
+        pre_processor=Patchcore.configure_pre_processor((64, 64)),
         post_processor=post_processor,
         evaluator=evaluator,
         visualizer=False,
@@ -182,14 +185,23 @@ def test_groups_of_a_loco_dataset(loco, tmp_path):
     assert metrics["image_AUROC_logical_anomalies"] != metrics["image_AUROC_structural_anomalies"]
 
 
-def test_group_without_normal_images_is_left_out(images, tmp_path):
-    datamodule = mvtec(images)
-    datamodule.setup()
-    samples = datamodule.test_data.samples
-    datamodule.test_data.samples = samples[samples.label_index == 1].reset_index(drop=True)
-    model = tiny_model(RankPreservingPostProcessor(), GroupEvaluator(group_by="folder"))
-    with pytest.warns(UserWarning, match="Group 'hole' has no normal test images"):
-        metrics, _, _ = train_and_test(model, datamodule, tmp_path)
+@pytest.mark.parametrize(("anomalous", "missing"), [(True, "normal"), (False, "anomalous")])
+def test_incomplete_group_is_left_out(anomalous, missing, loco, tmp_path):
+    """All images are of one kind and belong to one group."""
+    loco.setup()
+    dataset = loco.test_data
+    dataset.samples = dataset.samples[dataset.samples.label_index == anomalous].reset_index(drop=True)
+
+    def collate(items):
+        batch = dataset.collate_fn(items)
+        batch.group = ["board"] * batch.batch_size
+        return batch
+
+    loader = DataLoader(dataset, batch_size=4, collate_fn=collate)
+    model = tiny_model(RankPreservingPostProcessor(), GroupEvaluator())
+    engine = Engine(accelerator="cpu", default_root_dir=tmp_path / "results", enable_progress_bar=False)
+    with pytest.warns(UserWarning, match=f"Group 'board' has no {missing} test images"):
+        metrics = engine.test(model, dataloaders=loader)[0]
     assert set(metrics) == set(DEFAULT_NAMES)
 
 
@@ -200,20 +212,11 @@ def test_unknown_grouping():
 
 def test_two_processes_give_what_one_gives(images, tmp_path):
     """Each with an odd number of images, of which the distributed sampler repeats one."""
-    found = []
-    for devices in (1, 2):
-        results = tmp_path / str(devices)
-        results.mkdir()
-        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-        subprocess.run(
-            [sys.executable, Path(__file__).with_name("ddp_run.py"), images, results, str(devices)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-            check=True,
-            capture_output=True,
-            timeout=300,
-        )
-        found.append(json.loads((results / "results.json").read_text()))
-    one, two = found
+    command = [sys.executable, Path(__file__).with_name("ddp_run.py"), images, tmp_path, "2"]
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, check=True, capture_output=True, timeout=300)
+    two = json.loads((tmp_path / "results.json").read_text())
+    one = {mode: ddp_run.run(images, tmp_path / "one", 1, mode)[0] for mode in ("from_train", "same_as_test")}
     assert two["from_train"]["statistics"] == one["from_train"]["statistics"]
     assert two["same_as_test"]["statistics"] == one["same_as_test"]["statistics"]
     for val_split_mode in ("from_train", "same_as_test"):
