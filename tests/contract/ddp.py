@@ -1,4 +1,4 @@
-"""Script: python ddp.py MODEL DATA CHECKPOINT OUTPUT DEVICES. Trains, validates a checkpoint, saves what it measured."""
+"""Script: python ddp.py MODEL DATA CHECKPOINT OUTPUT DEVICES. Saves what training and validation measure."""
 
 import sys
 from pathlib import Path

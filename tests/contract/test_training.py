@@ -32,8 +32,8 @@ def loco_batch(datamodule: MVTecLoco, model: AnomalibModule) -> torch.Tensor:
 
 def same_state(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
     assert left.keys() == right.keys()
-    for key in left:
-        torch.testing.assert_close(left[key], right[key], atol=0, rtol=0, equal_nan=True, msg=key)
+    for key, value in left.items():
+        torch.testing.assert_close(value, right[key], atol=0, rtol=0, equal_nan=True, msg=key)
 
 
 def test_command_trains_and_tests(trained: Trained, case: Case) -> None:

@@ -25,6 +25,10 @@ def fit(model: Ulsad, datamodule: MVTecLoco, root, **arguments) -> Engine:
     return engine
 
 
+def both_quantiles(maps: torch.Tensor) -> np.ndarray:
+    return np.quantile(maps.numpy(), (0.9, 0.995))
+
+
 def test_sizes_are_the_published_ones() -> None:
     def millions(network: torch.nn.Module) -> float:
         return sum(parameter.numel() for parameter in network.parameters()) / 1e6
@@ -92,11 +96,8 @@ def test_channel_statistics_and_quantiles(loco: MVTecLoco, tmp_path) -> None:
     np.testing.assert_allclose(network.feature_mean.flatten(), features.mean(dim=(0, 2, 3)), atol=1e-5)
     std = features.std(dim=(0, 2, 3), unbiased=False)
     np.testing.assert_allclose(network.feature_std.flatten(), std, atol=1e-5)
-    for measured, values in (
-        (network.structural_quantiles, maps.structural),
-        (network.logical_quantiles, maps.logical),
-    ):
-        np.testing.assert_allclose(measured, np.quantile(values.numpy(), (0.9, 0.995)), rtol=1e-4)
+    np.testing.assert_allclose(network.structural_quantiles, both_quantiles(maps.structural), rtol=1e-4)
+    np.testing.assert_allclose(network.logical_quantiles, both_quantiles(maps.logical), rtol=1e-4)
 
 
 def test_quantiles_take_normal_images_only(loco_root, tmp_path) -> None:
@@ -112,8 +113,7 @@ def test_quantiles_take_normal_images_only(loco_root, tmp_path) -> None:
     assert len(normal) < len(datamodule.val_data)
     with torch.no_grad():
         maps = model.model.eval().raw_maps(torch.stack(normal))
-    expected = np.quantile(maps.structural.numpy(), (0.9, 0.995))
-    np.testing.assert_allclose(model.model.structural_quantiles, expected, rtol=1e-4)
+    np.testing.assert_allclose(model.model.structural_quantiles, both_quantiles(maps.structural), rtol=1e-4)
 
 
 def test_quantiles_when_training_ends_between_validations(loco: MVTecLoco, tmp_path) -> None:
@@ -122,9 +122,7 @@ def test_quantiles_when_training_ends_between_validations(loco: MVTecLoco, tmp_p
     with torch.no_grad():
         items = [loco.val_data[index].image for index in range(len(loco.val_data))]
         maps = model.model.eval().raw_maps(torch.stack(items))
-    np.testing.assert_allclose(
-        model.model.logical_quantiles, np.quantile(maps.logical.numpy(), (0.9, 0.995)), rtol=1e-4
-    )
+    np.testing.assert_allclose(model.model.logical_quantiles, both_quantiles(maps.logical), rtol=1e-4)
 
 
 def test_length_of_training(loco: MVTecLoco, tmp_path) -> None:
@@ -133,15 +131,15 @@ def test_length_of_training(loco: MVTecLoco, tmp_path) -> None:
     trainer = fit(model, loco, tmp_path, max_epochs=1).trainer
     assert (trainer.max_epochs, trainer.current_epoch) == (1, 1)
 
-    class Stop(Exception):
+    class StopError(Exception):
         """Training would begin now."""
 
     def stop() -> None:
-        raise Stop
+        raise StopError
 
     model.on_train_start = stop
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         engine.fit(model, datamodule=loco)
     assert engine.trainer.max_epochs == 200
 
