@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The category ``board``: two terminal strips joined by four wires, and a row of fuses.
+"""The category ``board``: two terminal strips joined by four wires through a covered cable duct, and a row of fuses.
 
-A logical defect joins other terminals, changes a colour or leaves out a piece, all with intact pieces; a structural one
-damages a wire, a terminal or the panel.
+Six variants of the board are in production. In each of them every colour of wire comes once, a wire leaves the duct in
+the row where it entered, and the fuses have their order. Between them the variants show nearly all neighbours that a
+wire or a fuse can have, so that a defect is not given away by the wires or fuses next to it. A logical defect joins
+other terminals, changes a colour, or leaves out or adds a piece, all with intact pieces; a structural one damages a
+wire, a terminal or the panel.
 """
 
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ import numpy as np
 
 from anomalib_pack.data.defects import DAMAGES, Defect, bezier, random_cut
 from anomalib_pack.data.parts import FUSE_SOCKET, TERMINAL, fuse
-from anomalib_pack.data.rendering import Canvas, blur, photograph, smooth_noise
+from anomalib_pack.data.rendering import Canvas, blur, photograph, smooth_noise, smooth_step
 
 PANEL = (0.52, 0.53, 0.50)
 COLORS = {
@@ -26,17 +29,25 @@ COPPER = (0.86, 0.52, 0.32)
 
 LEFT, RIGHT = 0.11, 0.89
 TERMINAL_ROWS = tuple(0.28 + 0.122 * row for row in range(6))
-# Left terminal, right terminal and colour of each wire; terminals 2 and 5 on the left, 1 and 4 on the right stay free.
-WIRING = ((0, 2, "red"), (1, 0, "blue"), (3, 5, "yellow"), (4, 3, "black"))
-FREE_LEFT, FREE_RIGHT = (2, 5), (1, 4)
 WIRE_WIDTH = 0.021
 
+DUCT_LEFT, DUCT_RIGHT, DUCT_TOP, DUCT_BOTTOM = 0.37, 0.63, 0.21, 0.96
+
 FUSE_ROW, FUSE_COLUMNS = 0.11, tuple(0.12 + 0.115 * column for column in range(5))
-FUSES = ("red", "yellow", "blue", None, "red")
+
+# Per variant: the colour of the wire in each row of terminals, and of the fuse in each socket; None where it is free.
+VARIANTS = (
+    (("red", "blue", None, "yellow", "black", None), ("red", "yellow", "blue", None, "red")),
+    ((None, "red", "yellow", None, "blue", "black"), ("yellow", "red", None, "blue", "red")),
+    (("yellow", None, "black", "red", None, "blue"), ("blue", None, "red", "red", "yellow")),
+    (("blue", "black", "red", None, "yellow", None), (None, "blue", "yellow", "red", "red")),
+    (("black", "blue", None, None, "red", "yellow"), ("red", "red", "yellow", "blue", None)),
+    ((None, "yellow", None, "black", "red", "blue"), ("red", "blue", "red", None, "yellow")),
+)
 
 LOGICAL_DEFECTS = (
     # Finding as much of the place where it belongs as the piece covers is finding all there is to find.
-    Defect("missing_wire", WIRE_WIDTH * (RIGHT - LEFT), relative=False),
+    Defect("missing_wire", WIRE_WIDTH * (RIGHT - LEFT - (DUCT_RIGHT - DUCT_LEFT)), relative=False),
     Defect("extra_wire"),
     Defect("wrong_color"),
     # One of the two gives the exchange away.
@@ -81,13 +92,16 @@ def render(image_size: int, defects: list[str], rng: np.random.Generator) -> tup
     canvas.height += 0.0002 * smooth_noise(rng, canvas.size, 0.008)
     canvas.color *= 1 + 0.02 * smooth_noise(rng, canvas.size, 0.15)[..., None]
     masks = {name: np.zeros((canvas.size, canvas.size), bool) for name in defects}
-    _draw_label(canvas, rng)
-    _draw_fuses(canvas, masks, rng)
-    wires = [Wire(*connection) for connection in WIRING]
+    variant = rng.integers(len(VARIANTS))
+    wire_colors, fuse_colors = VARIANTS[variant]
+    _draw_label(canvas, variant, rng)
+    _draw_fuses(canvas, list(fuse_colors), masks, rng)
+    wires = [Wire(row, row, color) for row, color in enumerate(wire_colors) if color]
     for name in defects:
         _rewire(canvas, wires, masks[name], name, rng)
     for index in rng.permutation(len(wires)):
         _draw_wire(canvas, wires[index], masks, rng)
+    _draw_duct(canvas)
     _draw_terminals(canvas, masks, rng)
     for name in defects:
         if name in DAMAGES:
@@ -95,15 +109,15 @@ def render(image_size: int, defects: list[str], rng: np.random.Generator) -> tup
     return photograph(canvas, rng, [masks[name] for name in defects])
 
 
-def _draw_label(canvas: Canvas, rng: np.random.Generator) -> None:
-    """Stick on the type label; its lot number differs from board to board."""
+def _draw_label(canvas: Canvas, variant: int, rng: np.random.Generator) -> None:
+    """Stick on the type label with variant and lot number."""
     left, top = np.array([0.71, 0.055]) + rng.normal(0, 0.004, 2)
     x, y = canvas.coordinates()
     plate = ((x > left) & (x < left + 0.23) & (y > top) & (y < top + 0.11)).astype(np.float32)
     canvas.paint(plate, (0.86, 0.86, 0.84))
     canvas.height += 0.0015 * plate
     print_ = np.zeros((canvas.size, canvas.size), np.uint8)
-    for line, text in enumerate(("X4 24V", f"LOT {rng.integers(1000, 10000)}")):
+    for line, text in enumerate((f"X{variant + 1} 24V", f"LOT {rng.integers(1000, 10000)}")):
         place = np.int32(np.array([left + 0.018, top + 0.046 + 0.044 * line]) * canvas.size)
         scale = canvas.size / 512 * 0.52
         thickness = max(1, round(canvas.size / 400))
@@ -111,14 +125,17 @@ def _draw_label(canvas: Canvas, rng: np.random.Generator) -> None:
     canvas.paint(0.9 * print_.astype(np.float32) / 255, (0.08, 0.08, 0.10))
 
 
-def _draw_fuses(canvas: Canvas, masks: dict[str, np.ndarray], rng: np.random.Generator) -> None:
-    colors, changed = list(FUSES), {}
-    used = [slot for slot, color in enumerate(FUSES) if color]
+def _draw_fuses(
+    canvas: Canvas, colors: list[str | None], masks: dict[str, np.ndarray], rng: np.random.Generator
+) -> None:
+    changed = {}
+    used = [slot for slot, color in enumerate(colors) if color]
     if "missing_fuse" in masks:
         slot = rng.choice(used)
         colors[slot], changed[slot] = None, "missing_fuse"
     if "swapped_fuses" in masks:
-        first, second = ((0, 1), (0, 2), (1, 2), (1, 4), (2, 4))[rng.integers(5)]
+        first = rng.choice(used)
+        second = rng.choice([slot for slot in used if colors[slot] != colors[first]])
         colors[first], colors[second] = colors[second], colors[first]
         changed |= {first: "swapped_fuses", second: "swapped_fuses"}
     for slot, (x, color) in enumerate(zip(FUSE_COLUMNS, colors, strict=True)):
@@ -137,11 +154,12 @@ def _rewire(canvas: Canvas, wires: list[Wire], mask: np.ndarray, defect: str, rn
     first, second = rng.choice(len(wires), 2, replace=False).tolist()
     if defect == "missing_wire":
         wire = wires.pop(first)
-        ends = np.array([[LEFT, TERMINAL_ROWS[wire.left]], [RIGHT, TERMINAL_ROWS[wire.right]]])
-        # Wires hang loosely: the missing one could have run through all of this band.
-        mask |= canvas.stroke(ends, 4 * WIRE_WIDTH)[0] > 0.5
+        for end in _ends(wire):
+            # Wires hang loosely: the missing one could have run through all of this band.
+            mask |= canvas.stroke(np.array(end), 3 * WIRE_WIDTH)[0] > 0.5
     elif defect == "extra_wire":
-        wires.append(Wire(rng.choice(FREE_LEFT), rng.choice(FREE_RIGHT), wires[first].color, defect))
+        row = rng.choice(sorted(set(range(len(TERMINAL_ROWS))) - {wire.left for wire in wires}))
+        wires.append(Wire(row, row, wires[first].color, defect))
     elif defect == "wrong_color":
         wires[first].color, wires[first].defect = wires[second].color, defect
     elif defect == "swapped_wires":
@@ -151,18 +169,30 @@ def _rewire(canvas: Canvas, wires: list[Wire], mask: np.ndarray, defect: str, rn
         wires[first].defect = defect
 
 
+def _ends(wire: Wire) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return where the left and the right visible piece of a wire leave their terminals and enter the duct."""
+    left, right = TERMINAL_ROWS[wire.left], TERMINAL_ROWS[wire.right]
+    return [
+        (np.array([LEFT + 0.035, left]), np.array([DUCT_LEFT + 0.02, left])),
+        (np.array([RIGHT - 0.035, right]), np.array([DUCT_RIGHT - 0.02, right])),
+    ]
+
+
 def _draw_wire(canvas: Canvas, wire: Wire, masks: dict[str, np.ndarray], rng: np.random.Generator) -> None:
-    start = np.array([LEFT + 0.035, TERMINAL_ROWS[wire.left]])
-    end = np.array([RIGHT - 0.035, TERMINAL_ROWS[wire.right]])
-    bends = [start + [0.25, 0] + rng.normal(0, 0.045, 2), end - [0.25, 0] + rng.normal(0, 0.045, 2)]
-    points = bezier(start, *bends, end)
     color = np.float32(COLORS[wire.color]) * rng.normal(1, 0.04)
-    covered = _draw_strand(canvas, points, WIRE_WIDTH, color, 0)
-    if wire.defect == "bare_wire":
-        first = rng.integers(8, 26)
-        covered = _draw_strand(canvas, points[first : first + rng.integers(4, 8)], WIRE_WIDTH * 0.9, COPPER, 1)
-    if wire.defect:
-        masks[wire.defect] |= covered
+    bare_side = rng.integers(2)
+    for side, (start, end) in enumerate(_ends(wire)):
+        loose_end = end + np.array([0, rng.normal(0, 0.022)])
+        points = bezier(start, (start + end) / 2 + rng.normal(0, 0.022, 2), loose_end)
+        covered = _draw_strand(canvas, points, WIRE_WIDTH, color, 0)
+        if wire.defect == "bare_wire":
+            if side != bare_side:
+                continue
+            first, length = rng.integers(4, 16), rng.integers(10, 17)
+            covered = _draw_strand(canvas, points[first : first + length], WIRE_WIDTH * 0.8, COPPER, 1)
+        # Two wires were swapped at their right ends.
+        if wire.defect and not (wire.defect == "swapped_wires" and side == 0):
+            masks[wire.defect] |= covered
 
 
 def _draw_strand(
@@ -176,6 +206,21 @@ def _draw_strand(
     canvas.height += coverage * (0.5 * blur(canvas.height, 0.012 * canvas.size) + arch - canvas.height)
     canvas.paint(coverage, color, metal)
     return coverage > 0.5
+
+
+def _draw_duct(canvas: Canvas) -> None:
+    """Lay the slotted duct and its cover over the wires."""
+    x, y = canvas.coordinates()
+    middle_x, middle_y = (DUCT_LEFT + DUCT_RIGHT) / 2, (DUCT_TOP + DUCT_BOTTOM) / 2
+    outside_x = np.abs(x - middle_x) - (DUCT_RIGHT - DUCT_LEFT) / 2
+    outside_y = np.abs(y - middle_y) - (DUCT_BOTTOM - DUCT_TOP) / 2
+    distance = np.maximum(outside_x, outside_y)
+    # Beside the cover, the fingers of the side walls are seen from above.
+    finger = (outside_x > -0.022) & (np.sin(y * 2 * np.pi / 0.0203) > 0.2)
+    cover = np.where(outside_x > -0.022, 0.020, 0.036) - 0.008 * finger
+    coverage = np.clip(0.5 - distance * canvas.size, 0, 1)
+    canvas.height += coverage * (cover * smooth_step(-distance / 0.006) - canvas.height)
+    canvas.paint(coverage, np.float32([0.36, 0.38, 0.41]))
 
 
 def _draw_terminals(canvas: Canvas, masks: dict[str, np.ndarray], rng: np.random.Generator) -> None:

@@ -28,25 +28,25 @@ class Defect:
 def scratch(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
     """Draw a scratch across whatever lies there; return its mask, Boolean of the canvas' shape."""
     start = rng.uniform(0.15, 0.85, 2)
-    end = start + rng.uniform(0.14, 0.26) * _direction(rng)
+    end = start + rng.uniform(0.20, 0.34) * _direction(rng)
     bend = (start + end) / 2 + rng.normal(0, 0.025, 2)
-    coverage, _ = canvas.stroke(bezier(start, bend, end), rng.uniform(0.005, 0.008))
+    coverage, _ = canvas.stroke(bezier(start, bend, end), rng.uniform(0.008, 0.012))
     # A scratch does not cut with the same force all along.
     coverage = coverage * np.clip(0.8 + 0.3 * smooth_noise(rng, canvas.size, 0.04), 0.3, 1)
     canvas.height -= 0.004 * coverage
-    canvas.paint(0.6 * coverage, np.clip(canvas.color * 1.7 + 0.08, 0, 1))
+    canvas.paint(0.75 * coverage, np.clip(canvas.color * 1.8 + 0.12, 0, 1))
     return coverage > 0.25
 
 
 def dent(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
     """Press a dent into whatever lies there; return its mask, Boolean of the canvas' shape."""
     x, y = canvas.coordinates()
-    center, radii, angle = rng.uniform(0.12, 0.88, 2), rng.uniform(0.022, 0.04, 2), rng.uniform(0, np.pi)
+    center, radii, angle = rng.uniform(0.12, 0.88, 2), rng.uniform(0.034, 0.055, 2), rng.uniform(0, np.pi)
     u = ((x - center[0]) * np.cos(angle) + (y - center[1]) * np.sin(angle)) / radii[0]
     v = ((y - center[1]) * np.cos(angle) - (x - center[0]) * np.sin(angle)) / radii[1]
     radius = np.hypot(u, v)
     # Pushed-in material rises as a rim around the dent.
-    canvas.height += 0.012 * np.exp(-(((radius - 0.95) / 0.25) ** 2)) - 0.022 * smooth_step(1.05 - radius)
+    canvas.height += 0.016 * np.exp(-(((radius - 0.95) / 0.25) ** 2)) - 0.034 * smooth_step(1.05 - radius)
     return radius < 1.2
 
 
@@ -57,18 +57,18 @@ def contaminate(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
 
 def _stain(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
     x, y = canvas.coordinates()
-    center, size = rng.uniform(0.12, 0.88, 2), rng.uniform(0.022, 0.042)
+    center, size = rng.uniform(0.12, 0.88, 2), rng.uniform(0.034, 0.055)
     outline = np.hypot(x - center[0], y - center[1]) - size * (1 + 0.35 * smooth_noise(rng, canvas.size, 0.05))
     coverage = smooth_step(0.5 - outline / 0.006)
-    canvas.paint(0.75 * coverage, canvas.color * np.float32([0.32, 0.26, 0.20]))
+    canvas.paint(0.85 * coverage, canvas.color * np.float32([0.30, 0.22, 0.15]))
     canvas.height += 0.003 * coverage
     return coverage > 0.5
 
 
 def _fibre(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
     start = rng.uniform(0.15, 0.85, 2)
-    end = start + rng.uniform(0.06, 0.14) * _direction(rng)
-    coverage, depth = canvas.stroke(bezier(start, start + rng.normal(0, 0.12, 2), end), rng.uniform(0.006, 0.009))
+    end = start + rng.uniform(0.10, 0.18) * _direction(rng)
+    coverage, depth = canvas.stroke(bezier(start, start + rng.normal(0, 0.12, 2), end), rng.uniform(0.008, 0.011))
     canvas.paint(coverage, rng.choice([(0.75, 0.72, 0.66), (0.12, 0.10, 0.10)]))
     canvas.height += depth + 0.004 * coverage
     return coverage > 0.25
@@ -85,7 +85,7 @@ def random_cut(part: Part, rng: np.random.Generator) -> Callable[[np.ndarray, np
     """Return the signed distance of a piece that is broken off a part, negative where the part is gone."""
     side = rng.choice([-1, 1])
     angle = rng.uniform(-0.9, 0.9) + (np.pi if side < 0 else 0)
-    depth = part.half_length + part.radius * rng.uniform(0.15, 0.5)
+    depth = 0.4 * part.half_length + part.radius * rng.uniform(-0.2, 0.2)
     waves, phase = rng.uniform(150, 260), rng.uniform(0, 6)
 
     def cut(u: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -23,8 +23,8 @@ class Surface:
     """A part over a window of the canvas, all arrays of the window's shape (H, W).
 
     ``distance`` is the signed distance to the outline, negative inside; ``height`` is above the ground that the part
-    lies on; ``color`` is RGB in [0, 1], shape (3,) or (H, W, 3); ``metal`` is 0 for plastic and 1 for bare metal, one number or an
-    array.
+    lies on; ``color`` is RGB in [0, 1], shape (3,) or (H, W, 3); ``metal`` is 0 for plastic and 1 for bare metal,
+    one number or an array.
     """
 
     distance: np.ndarray

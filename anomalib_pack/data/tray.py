@@ -68,10 +68,10 @@ def render(image_size: int, defects: list[str], rng: np.random.Generator) -> tup
     """
     canvas = Canvas(image_size, PLASTIC)
     _draw_tray(canvas, rng)
-    pieces = [Piece(part, cell) for cell, (part, count) in enumerate(KIT) for _ in range(count)]
+    pieces = make_kit()
     masks = {name: np.zeros((canvas.size, canvas.size), bool) for name in defects}
     for name in defects:
-        for cell in _repack(pieces, name, rng):
+        for cell in repack(pieces, name, rng):
             masks[name] |= _floor(canvas, cell)
     for piece, center, angle in _arrange(pieces, rng):
         _lay(canvas, piece, center, angle, masks, rng)
@@ -107,7 +107,12 @@ def _floor(canvas: Canvas, cell: int) -> np.ndarray:
     return (np.abs(x - left - CELL_WIDTH / 2) < CELL_WIDTH / 2) & (np.abs(y - top - CELL_HEIGHT / 2) < CELL_HEIGHT / 2)
 
 
-def _repack(pieces: list[Piece], defect: str, rng: np.random.Generator) -> list[int]:
+def make_kit() -> list[Piece]:
+    """Return the pieces of a normal tray."""
+    return [Piece(part, cell) for cell, (part, count) in enumerate(KIT) for _ in range(count)]
+
+
+def repack(pieces: list[Piece], defect: str, rng: np.random.Generator) -> list[int]:
     """Apply a defect to the contents of the tray, and return the compartments whose floor it marks."""
     action, _, name = defect.partition("_")
     if defect == "swapped_compartments":
