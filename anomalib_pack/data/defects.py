@@ -46,12 +46,12 @@ def dent(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
     v = ((y - center[1]) * np.cos(angle) - (x - center[0]) * np.sin(angle)) / radii[1]
     radius = np.hypot(u, v)
     # Pushed-in material rises as a rim around the dent.
-    canvas.height += 0.016 * np.exp(-(((radius - 0.95) / 0.25) ** 2)) - 0.034 * smooth_step(1.05 - radius)
+    canvas.height += 0.016 * np.exp(-(((radius - 0.95) / 0.25) ** 2)) - 0.042 * smooth_step(1.05 - radius)
     return radius < 1.2
 
 
 def contaminate(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
-    """Drop dirt onto the scene: an oil stain or a fibre; return its mask, Boolean of the canvas' shape."""
+    """Drop dirt onto the scene: a rusty stain or a fibre; return its mask, Boolean of the canvas' shape."""
     return _stain(canvas, rng) if rng.random() < 0.6 else _fibre(canvas, rng)
 
 
@@ -60,7 +60,7 @@ def _stain(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
     center, size = rng.uniform(0.12, 0.88, 2), rng.uniform(0.034, 0.055)
     outline = np.hypot(x - center[0], y - center[1]) - size * (1 + 0.35 * smooth_noise(rng, canvas.size, 0.05))
     coverage = smooth_step(0.5 - outline / 0.006)
-    canvas.paint(0.85 * coverage, canvas.color * np.float32([0.30, 0.22, 0.15]))
+    canvas.paint(0.85 * coverage, (0.25, 0.13, 0.05))
     canvas.height += 0.003 * coverage
     return coverage > 0.5
 

@@ -78,8 +78,10 @@ class Canvas:
         x, y = (x + 0.5) / self.size - center[0], (y + 0.5) / self.size - center[1]
         u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
         surface = part(u, v)
-        distance = surface.distance if cut is None else np.maximum(surface.distance, -cut(u, v))
-        coverage = np.clip(0.5 - distance * self.size, 0, 1)
+        outline = surface.distance
+        if cut is not None:
+            _break_off(surface, cut(u, v))
+        coverage = np.clip(0.5 - surface.distance * self.size, 0, 1)
 
         self.height[rows, columns] += coverage * surface.height
         self.color[rows, columns] += coverage[..., None] * (surface.color - self.color[rows, columns])
@@ -87,7 +89,7 @@ class Canvas:
 
         covered, broken = np.zeros((2, self.size, self.size), bool)
         covered[rows, columns] = coverage > 0.5
-        broken[rows, columns] = (surface.distance < 0) & (coverage <= 0.5)
+        broken[rows, columns] = (outline < 0) & (coverage <= 0.5)
         return covered, broken
 
     def _window(self, middle: float, reach: float) -> slice:
@@ -114,6 +116,15 @@ class Canvas:
         """Replace colour and material where ``coverage``, shape (size, size) in [0, 1], is not zero."""
         self.color += coverage[..., None] * (np.float32(color) - self.color)
         self.metal += coverage * (metal - self.metal)
+
+
+def _break_off(surface: Surface, gone: np.ndarray) -> None:
+    """Take the region where ``gone`` is negative off a part, and leave the rough pale edge of fresh material."""
+    fresh = smooth_step(1 - gone / 0.014)
+    surface.distance = np.maximum(surface.distance, -gone)
+    surface.height = surface.height * (1 - 0.5 * fresh)
+    surface.color = surface.color + 0.8 * fresh[..., None] * (0.9 - surface.color)
+    surface.metal = surface.metal * (1 - fresh)
 
 
 def blur(values: np.ndarray, sigma: float) -> np.ndarray:

@@ -23,7 +23,7 @@ PLASTIC = (0.33, 0.35, 0.37)
 GAP = 0.006  # between two parts, and between a part and a wall
 
 # The kind and the number of the parts in each compartment, row by row from the upper left.
-KIT = ((WASHER, 4), (SCREW, 3), (CAP, 4), (PLUG, 3), (NUT, 4), (CLIP, 3))
+KIT = ((WASHER, 4), (SCREW, 2), (CAP, 4), (PLUG, 3), (NUT, 4), (CLIP, 3))
 
 LOGICAL_DEFECTS = (
     # Finding as much of the empty floor as one part covers is finding all there is to find.
