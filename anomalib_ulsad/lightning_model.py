@@ -174,7 +174,7 @@ class Ulsad(AnomalibModule):
 
     def training_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
         """Compute the losses of Algorithm 1 (lines 9 to 19)."""
-        losses = self.loss(self.model(batch.image))
+        losses = self.loss(self.model.branches(batch.image))
         loss = torch.stack(list(losses.values())).sum()
         check_finite(loss, batch)
         for name, value in losses.items():

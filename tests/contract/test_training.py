@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from anomalib.data import Folder
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from cases import Case
@@ -189,8 +190,8 @@ def test_unreadable_image(model: AnomalibModule, loco_root: Path, tmp_path: Path
         fit_on(model, root, tmp_path)
 
 
-def fit_on(model: AnomalibModule, root: Path, results: Path, **data) -> None:
-    datamodule = MVTecLoco(root=root, category="tray", train_batch_size=4, eval_batch_size=4, num_workers=0, **data)
+def fit_on(model: AnomalibModule, root: Path, results: Path) -> None:
+    datamodule = MVTecLoco(root=root, category="tray", train_batch_size=4, eval_batch_size=4, num_workers=0)
     quiet_engine(results / "results", max_epochs=1).fit(model, datamodule=datamodule)
 
 
@@ -203,8 +204,10 @@ def test_empty_training_set(model: AnomalibModule, loco_root: Path, tmp_path: Pa
 
 
 def test_validation_without_normal_images(model: AnomalibModule, loco_root: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="normal images"):
-        fit_on(model, loco_root, tmp_path, val_split_mode="none")
+    folders = {"normal_dir": "train/good", "abnormal_dir": "test/logical_anomalies"}
+    data = Folder("tray", root=loco_root / "tray", **folders, num_workers=0, val_split_mode="none")
+    with pytest.raises(ValueError, match="no normal images"):
+        quiet_engine(tmp_path, max_epochs=1).fit(model, datamodule=data)
 
 
 def test_loss_that_is_not_a_number(model: AnomalibModule, loco_root: Path, tmp_path: Path) -> None:
