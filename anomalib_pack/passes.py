@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from anomalib.data import ImageBatch
 from anomalib.models.components import AnomalibModule
+from lightning import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Subset
 from torchmetrics.utilities.distributed import gather_all_tensors
 from tqdm.auto import tqdm
@@ -31,9 +33,12 @@ def one_pass(module: AnomalibModule, loader: DataLoader, description: str) -> It
         Batches on the module's device whose images went through the pre-processor.
 
     Raises:
-        ValueError: If an image cannot be read; the message names the file.
+        ValueError: If an image cannot be read, which the message names, or there are fewer images than processes.
     """
     trainer = module.trainer
+    if len(loader.dataset) < trainer.world_size:
+        msg = f"{trainer.world_size} processes need at least as many images, got {len(loader.dataset)}."
+        raise ValueError(msg)
     share = Subset(loader.dataset, range(trainer.global_rank, len(loader.dataset), trainer.world_size))
     batches = DataLoader(
         share, batch_size=loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn
@@ -44,7 +49,30 @@ def one_pass(module: AnomalibModule, loader: DataLoader, description: str) -> It
             on_device = trainer.strategy.batch_to_device(batch, module.device)
             if module.pre_processor:
                 on_device.image = module.pre_processor.transform(on_device.image)
+            on_device.image = trainer.precision_plugin.convert_input(on_device.image)
             yield on_device
+
+
+def validation_loader(trainer: Trainer) -> DataLoader | list[DataLoader]:
+    """Loader of the validation that is running; a list where the user gave several.
+
+    ``Trainer.val_dataloaders`` is that of the last ``fit`` also while ``validate`` runs on other data.
+    """
+    validating = trainer.state.fn == TrainerFn.VALIDATING
+    loop = trainer.validate_loop if validating else trainer.fit_loop.epoch_loop.val_loop
+    return loop._combined_loader.iterables  # Lightning has no public name for this choice
+
+
+def share_buffers(module: AnomalibModule) -> None:
+    """Give every process the first one's buffers, which are the ones that a checkpoint holds.
+
+    After an epoch's last step each process has BatchNorm statistics of its own.
+    """
+    if module.trainer.world_size == 1:
+        return
+    shared = module.trainer.strategy.broadcast({name: buffer.cpu() for name, buffer in module.model.named_buffers()})
+    for name, buffer in module.model.named_buffers():
+        buffer.copy_(shared[name])
 
 
 def sum_over_processes(module: AnomalibModule, share: torch.Tensor) -> torch.Tensor:

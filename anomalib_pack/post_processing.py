@@ -19,6 +19,7 @@ from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
 
 from anomalib_pack.metrics.samples import copied, select, unpadded_count
+from anomalib_pack.passes import validation_loader
 from anomalib_pack.quantiles import quantiles
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,8 @@ def f1_adaptive_threshold(scores: Tensor, is_anomalous: Tensor) -> Tensor:
         histogram += torch.bincount(below, minlength=len(histogram))
     true_positives = counts.flip(0).cumsum(0).flip(0)
     false_positives = histogram.flip(0).cumsum(0).flip(0)[1:]
-    f1 = 2 * true_positives.double() / (true_positives + false_positives + true_positives[0])
+    tp, fp = true_positives.cpu().double(), false_positives.cpu()  # MPS has no float64
+    f1 = 2 * tp / (tp + fp + tp[0])
     return candidates[f1.argmax()]
 
 
@@ -205,7 +207,7 @@ class RankPreservingPostProcessor(PostProcessor):
         """
         if trainer.sanity_checking:  # An untrained model's scores mean nothing and may well be NaN.
             return
-        count = unpadded_count(trainer.val_dataloaders, batch_idx, dataloader_idx)
+        count = unpadded_count(validation_loader(trainer), batch_idx, dataloader_idx)
         if count == 0:
             return
         fields = ("pred_score", "anomaly_map", "gt_label", "gt_mask", "image_path")

@@ -31,6 +31,7 @@ def feature_distance(prediction: torch.Tensor, target: torch.Tensor, weight: flo
     """
     # Differs from the paper: Eq. 2 sums the squared difference over the channels, the published code averages it, and
     # lambda = 0.5 belongs to that scale.
+    prediction, target = prediction.float(), target.float()  # half precision would merge scores
     magnitude = (prediction - target).square().mean(dim=1)  # (B, C, h, w) -> (B, h, w)
     direction = 1 - F.cosine_similarity(prediction, target, dim=1)
     return magnitude + weight * direction
@@ -47,7 +48,8 @@ def smooth_map(distance: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         Smoothed map (B, 1, H, W).
     """
     full = F.interpolate(distance.unsqueeze(1), size=size, mode="bilinear", align_corners=False)
-    return gaussian_blur2d(full, BLUR_KERNEL, BLUR_SIGMA, border_type="reflect", separable=True)
+    with torch.autocast(full.device.type, enabled=False):  # half precision would merge scores
+        return gaussian_blur2d(full, BLUR_KERNEL, BLUR_SIGMA, border_type="reflect", separable=True)
 
 
 def normalise_map(maps: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:

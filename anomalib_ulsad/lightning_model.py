@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from anomalib import LearningType
-from anomalib.data import ImageBatch
+from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
@@ -26,12 +26,12 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_pack.checks import check_finite, check_normal_validation_images, check_training_images
 from anomalib_pack.metrics import GroupEvaluator, default_test_metrics
-from anomalib_pack.passes import gather_shares, one_pass, sum_over_processes
+from anomalib_pack.passes import gather_shares, one_pass, share_buffers, sum_over_processes, validation_loader
 from anomalib_pack.post_processing import RankPreservingPostProcessor
 from anomalib_pack.quantiles import quantiles
 
 from .loss import UlsadLoss
-from .torch_model import BranchMaps, UlsadModel, check_image_size, combine
+from .torch_model import BranchMaps, UlsadModel, combine
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +105,10 @@ class Ulsad(AnomalibModule):
         _require("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
         allowed = ("attention", "feature", None)
         _require("global_loss", global_loss, global_loss in allowed, f"one of {allowed}")
+        weights = str(weights) if isinstance(weights, Path) else weights  # checkpoints hold plain data
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
-        self._check_pre_processor()
         self.weights = weights
         self.probabilities = (alpha, beta)
         self.lr = lr
@@ -125,7 +125,7 @@ class Ulsad(AnomalibModule):
             final_activation=final_activation,
         )
         self.loss = UlsadLoss(lambda_l, lambda_g, global_loss)
-        self._quantiles_at_step: int | None = None
+        self._check_pre_processor()
 
     def _check_pre_processor(self) -> None:
         transform = getattr(self.pre_processor, "transform", None)
@@ -135,15 +135,18 @@ class Ulsad(AnomalibModule):
             msg = "pre_processor must not contain Normalize: Ulsad normalises RGB in [0, 1] itself."
             raise ValueError(msg)
         if self.input_size is not None:
-            check_image_size(self.input_size)
+            self.model.check_image_size(self.input_size)
 
     def setup(self, stage: str) -> None:
         """Check the data, load the backbone's weights and set the paper's length of training."""
         if stage != "fit":
             return
-        if self.trainer.datamodule is not None:
+        if isinstance(self.trainer.datamodule, AnomalibDataModule):
             check_training_images(self.trainer.datamodule)
             check_normal_validation_images(self.trainer.datamodule)
+        if not self.trainer.enable_validation:
+            msg = "Ulsad needs validation to normalise its maps: give validation images and no limit_val_batches=0."
+            raise ValueError(msg)
         if self.trainer.ckpt_path is None:  # a checkpoint carries the weights
             self.model.backbone.load_weights(self.weights)
         if self.trainer.max_epochs == LIGHTNING_DEFAULT_EPOCHS:
@@ -152,16 +155,24 @@ class Ulsad(AnomalibModule):
             self.trainer.fit_loop.max_epochs = PAPER_EPOCHS
 
     def on_train_start(self) -> None:
-        """Measure the channel statistics mu and sigma of Algorithm 1 over the training set."""
+        """Measure the channel statistics mu and sigma of Algorithm 1 over the training set.
+
+        Raises:
+            ValueError: If the batches are too small for the autoencoder.
+        """
+        if self.trainer.train_dataloader.batch_size == 1 and self.model.autoencoder is not None:
+            msg = "train_batch_size must be at least 2 for the BatchNorm of the global autoencoder, got 1."
+            raise ValueError(msg)
         if self.trainer.ckpt_path is None:  # a checkpoint carries them
             self._measure_channel_statistics(self.trainer.train_dataloader)
 
     @torch.no_grad()
     def _measure_channel_statistics(self, loader: DataLoader) -> None:
         # Population variance from float64 sums: count, sum and sum of squares for each channel.
-        sums = torch.zeros(3, self.model.feature_dim, dtype=torch.float64, device=self.device)
+        device = "cpu" if self.device.type == "mps" else self.device  # MPS has no float64
+        sums = torch.zeros(3, self.model.feature_dim, dtype=torch.float64, device=device)
         for batch in one_pass(self, loader, "Channel statistics"):
-            features = self.model.raw_features(batch.image).double()
+            features = self.model.raw_features(batch.image).to(device).double()
             sums[0] += features[:, 0].numel()
             sums[1] += features.sum(dim=(0, 2, 3))
             sums[2] += features.square().sum(dim=(0, 2, 3))
@@ -172,8 +183,27 @@ class Ulsad(AnomalibModule):
         # Ours: a channel that never changes carries no information; dividing by 1 keeps it finite.
         self.model.feature_std.copy_(torch.where(std > 0, std, 1).view(1, -1, 1, 1))
 
+    def on_train_epoch_start(self) -> None:
+        """Validate after the last epoch whatever the interval, so that the kept weights have their quantiles."""
+        trainer = self.trainer
+        if trainer.check_val_every_n_epoch is not None and trainer.current_epoch + 1 == trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1
+
+    def on_train_batch_end(self, *_arguments: Any) -> None:
+        """Validate after the last step where ``max_steps`` ends the training within an epoch."""
+        trainer = self.trainer
+        if trainer.check_val_every_n_epoch is not None and 0 <= trainer.max_steps <= trainer.global_step:
+            trainer.check_val_every_n_epoch = 1
+            trainer.should_stop = True  # Lightning then validates at once
+
     def training_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
-        """Compute the losses of Algorithm 1 (lines 9 to 19)."""
+        """Compute the losses of Algorithm 1 (lines 9 to 19).
+
+        Ours: an epoch's last batch is left out if it is a single image. The autoencoder's bottleneck is one pixel, of
+        which BatchNorm needs two values; with several processes all have batches of the same size.
+        """
+        if len(batch) == 1 and self.model.autoencoder is not None:
+            return None
         losses = self.loss(self.model.branches(batch.image))
         loss = torch.stack(list(losses.values())).sum()
         check_finite(loss, batch)
@@ -182,32 +212,18 @@ class Ulsad(AnomalibModule):
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(batch))
         return {"loss": loss}
 
-    def on_train_epoch_end(self) -> None:
-        """Measure the quantiles for weights that are kept although no validation ran on them.
-
-        That is so when training ends between two validations, e.g. at ``max_steps``.
-        """
-        trainer = self.trainer
-        last_step = 0 <= trainer.max_steps <= trainer.global_step
-        last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
-        if (last_step or last_epoch or trainer.should_stop) and self._quantiles_at_step != trainer.global_step:
-            self._measure_quantiles(trainer.val_dataloaders)
-
     def on_validation_start(self) -> None:
-        """Measure the quantiles of Sec. 3.5 on the normal validation images."""
-        self._measure_quantiles(self.trainer.val_dataloaders)
+        """Measure the quantiles of Sec. 3.5 on the normal validation images.
 
-    @torch.no_grad()
-    def _measure_quantiles(self, loader: DataLoader) -> None:
-        was_training = self.model.training
-        self.model.eval()
+        Raises:
+            ValueError: If there are none.
+        """
+        share_buffers(self)
         maps: list[BranchMaps] = []
         labels: list[torch.Tensor] = []
-        for batch in one_pass(self, loader, "Quantiles of normal maps"):
+        for batch in one_pass(self, validation_loader(self.trainer), "Quantiles of normal maps"):
             maps.append(self.model.raw_maps(batch.image))
             labels.append(batch.gt_label)
-        self.model.train(was_training)
-
         normal = gather_shares(self, torch.cat(labels)) == 0
         if not normal.any():
             msg = "The validation set has no normal images, which are needed to normalise anomaly maps."
@@ -217,7 +233,6 @@ class Ulsad(AnomalibModule):
         if self.model.autoencoder is not None:
             logical = gather_shares(self, torch.cat([batch_maps.logical for batch_maps in maps]))
             self.model.logical_quantiles.copy_(quantiles(logical[normal], self.probabilities))
-        self._quantiles_at_step = self.trainer.global_step
 
     def validation_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
         """Predict scores and maps of a batch."""
@@ -227,7 +242,7 @@ class Ulsad(AnomalibModule):
         """Predict scores, maps and the explanation of a batch."""
         return self._predict(batch)
 
-    def predict_step(self, batch: ImageBatch, _batch_idx: int, _dataloader_idx: int = 0) -> STEP_OUTPUT:
+    def predict_step(self, batch: ImageBatch, _batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:  # noqa: ARG002
         """Predict scores, maps and the explanation of a batch."""
         return self._predict(batch)
 

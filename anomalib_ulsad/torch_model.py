@@ -11,6 +11,7 @@ Shapes: B images, H x W pixels, C channels of the aggregated features, h x w the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,10 +25,13 @@ from anomalib_pack.backbones import FrozenBackbone
 
 from .anomaly_map import feature_distance, normalise_map, smooth_map
 
+logger = logging.getLogger(__name__)
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MINIMUM_SIZE = 256  # the autoencoder's Conv-6 needs an 8 x 8 input, five halvings away from the image
-SIZE_STEP = 32  # the reconstruction network halves the H / 8 grid twice and doubles it back
+GRID_STEP = 4  # the reconstruction network halves the feature grid twice and doubles it back
+UNMEASURED = (0.0, 0.1)  # (q_alpha, q_beta) for which t(M) = M
 OFFICIAL_STATISTICS = (  # names in published checkpoints
     "mean_std.mean",
     "mean_std.std",
@@ -181,11 +185,12 @@ def _resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 class UlsadModel(nn.Module):
     """ULSAD (Fig. 2): frozen features, reconstruction network, global autoencoder, anomaly maps.
 
-    Images are RGB in [0, 1]; the networks normalise them themselves. H and W are multiples of 32, at least 256.
+    Images are RGB in [0, 1]; the networks normalise them themselves. H and W are at least 256 and multiples of four
+    times the stride of the first layer (32 by default).
 
     Args:
         backbone: Name of a timm network. Paper: WideResNet50-2.
-        layers: Two or more layers of it, the finest grid first (Sec. 3.1). That grid must divide by 4.
+        layers: Layers of it, the finest grid first (Sec. 3.1).
         weights: Weights of the backbone, see :meth:`anomalib_pack.backbones.FrozenBackbone.load_weights`.
         feature_dim: C, channels after aggregation.
         lambda_l: Weight of the direction in the local branch, Eqs. 1 and 7.
@@ -225,15 +230,17 @@ class UlsadModel(nn.Module):
         self.lambda_g = lambda_g
         self.local_global = global_branch and local_global
         self.backbone = FrozenBackbone(backbone, layers, weights)
+        if min(self.backbone.strides) != self.backbone.strides[0]:
+            msg = f"layers must start with the finest grid, got {list(layers)} with strides {self.backbone.strides}."
+            raise ValueError(msg)
         self.reconstruction = FeatureReconstructionNetwork(
             feature_dim, (2 if self.local_global else 1) * feature_dim, final_activation
         )
         self.autoencoder = GlobalAutoencoder(feature_dim) if global_branch else None
         self.register_buffer("feature_mean", torch.zeros(1, feature_dim, 1, 1))  # mu of Algorithm 1
         self.register_buffer("feature_std", torch.ones(1, feature_dim, 1, 1))  # sigma of Algorithm 1
-        # (q_alpha, q_beta); until they are measured, t(M) = M.
-        self.register_buffer("structural_quantiles", torch.tensor([0.0, 0.1]))
-        self.register_buffer("logical_quantiles", torch.tensor([0.0, 0.1]))
+        self.register_buffer("structural_quantiles", torch.tensor(UNMEASURED))
+        self.register_buffer("logical_quantiles", torch.tensor(UNMEASURED))
 
     def raw_features(self, images: torch.Tensor) -> torch.Tensor:
         """Aggregated backbone features before the channel normalisation, (B, C, h, w)."""
@@ -245,7 +252,7 @@ class UlsadModel(nn.Module):
         Raises:
             ValueError: If the networks cannot take images of this size.
         """
-        check_image_size(images.shape[-2:])
+        self.check_image_size(images.shape[-2:])
         features = (self.raw_features(images) - self.feature_mean) / self.feature_std
         reconstruction = self.reconstruction(features)
         autoencoder = self.autoencoder(images, features.shape[-2:]) if self.autoencoder else None
@@ -253,6 +260,20 @@ class UlsadModel(nn.Module):
             return Branches(features, reconstruction, None, autoencoder)
         local_features, global_features = reconstruction.chunk(2, dim=1)  # (B, 2C, h, w) -> U', U''
         return Branches(features, local_features, global_features, autoencoder)
+
+    def check_image_size(self, size: Sequence[int]) -> None:
+        """Check that the networks can take images of this (height, width).
+
+        Raises:
+            ValueError: If a side is below 256 or no multiple of four times the first layer's stride.
+        """
+        step = GRID_STEP * self.backbone.strides[0]
+        if any(side < MINIMUM_SIZE or side % step for side in size):
+            msg = (
+                f"Ulsad takes images with sides that are multiples of {step} and at least {MINIMUM_SIZE} pixels, got "
+                f"{tuple(size)} (height, width). Set the pre-processor's Resize accordingly."
+            )
+            raise ValueError(msg)
 
     def raw_maps(self, images: torch.Tensor) -> BranchMaps:
         """Compute the smoothed maps of both branches before quantile normalisation (Eqs. 7 and 8)."""
@@ -304,8 +325,13 @@ class UlsadModel(nn.Module):
         own["feature_mean"] = official["mean_std.mean"].view(1, -1, 1, 1)
         own["feature_std"] = official["mean_std.std"].view(1, -1, 1, 1)
         for branch, name in (("structural", "local"), ("logical", "global")):
-            pair = (official[f"quantiles.qa_{name}"], official[f"quantiles.qb_{name}"])
-            own[f"{branch}_quantiles"] = torch.stack([quantile.squeeze() for quantile in pair])
+            q_alpha, q_beta = (official[f"quantiles.q{end}_{name}"].squeeze() for end in "ab")
+            if q_beta <= q_alpha:  # published checkpoints of earlier epochs hold zeros
+                logger.warning(
+                    "The checkpoint has no quantiles of %s maps: run Engine.validate to measure them.", branch
+                )
+                q_alpha, q_beta = UNMEASURED
+            own[f"{branch}_quantiles"] = torch.stack([torch.as_tensor(q_alpha), torch.as_tensor(q_beta)])
 
         expected = {name for name in self.state_dict() if not name.startswith("backbone.")}
         missing = sorted(name for name in expected - own.keys() if not name.endswith("num_batches_tracked"))
@@ -326,20 +352,6 @@ def combine(maps: BranchMaps) -> InferenceBatch:
     """
     anomaly_map = maps.structural if maps.logical is None else (maps.structural + maps.logical) / 2
     return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
-
-
-def check_image_size(size: Sequence[int]) -> None:
-    """Check that the networks can take images of this (height, width).
-
-    Raises:
-        ValueError: If a side is below 256 or no multiple of 32.
-    """
-    if any(side < MINIMUM_SIZE or side % SIZE_STEP for side in size):
-        msg = (
-            f"Ulsad takes images with sides that are multiples of {SIZE_STEP} and at least {MINIMUM_SIZE} pixels, "
-            f"got {tuple(size)} (height, width). Set the pre-processor's Resize accordingly."
-        )
-        raise ValueError(msg)
 
 
 def _under(prefix: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

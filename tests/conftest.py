@@ -10,11 +10,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub fails a
 
 @pytest.fixture(scope="session")
 def loco_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Root of a small rendered data set in MVTec LOCO's format, category ``tray``."""
+    """Root of a small rendered data set in MVTec LOCO's format, category ``tray``.
+
+    13 training and 5 validation images: two processes get uneven shares, and the last batch of 4 is a single image.
+    """
     from anomalib_pack.data import SyntheticLoco
 
     root = tmp_path_factory.mktemp("SyntheticLoco")
-    SyntheticLoco(root=root, image_size=64, num_train=12, num_val=4, num_test=4).prepare_data()
+    SyntheticLoco(root=root, image_size=64, num_train=13, num_val=5, num_test=4).prepare_data()
     return root
 
 

@@ -1,5 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
-
 """Datamodules and image classes with anomaly groups.
 
 Map::

@@ -1,5 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
-
 """The category ``board``: two terminal strips joined by four wires through a covered cable duct, and a row of fuses.
 
 Six variants of the board are in production. In each of them every colour of wire comes once, a wire leaves the duct in

@@ -1,5 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
-
 """What a defect is called and how it is scored, and the structural damage that any scene can suffer."""
 
 from collections.abc import Callable

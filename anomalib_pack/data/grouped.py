@@ -1,5 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
-
 """Images that carry the group their metrics belong to.
 
 A group is the kind of anomaly (``logical_anomalies``, ``structural_anomalies``) or, with one model over several

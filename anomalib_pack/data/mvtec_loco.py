@@ -1,5 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
-
 """MVTec LOCO AD with anomaly groups.
 
 Bergmann, Batzner, Fauser, Sattlegger, Steger: Beyond Dents and Scratches: Logical Constraints in Unsupervised Anomaly

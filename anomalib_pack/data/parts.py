@@ -1,5 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
-
 """Small assembly parts as surfaces: each function maps coordinates of the part to its outline, height and colour.
 
 Lengths are fractions of the image's side. Every part lies along its u axis, centred on (0, 0).

@@ -1,5 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
-
 """A small renderer for inspection scenes seen from above.
 
 Parts are stamped onto a canvas that stores, per pixel, a height, a colour and how metallic the surface is. One shading

@@ -1,5 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
-
 """A rendered data set with logical and structural anomalies, in the folder format of MVTec LOCO.
 
 For demos, tests and a first look at a model, without a download and without a licence question.

@@ -1,5 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
-
 """The category ``tray``: an assembly kit in a tray of six compartments, each with its own kind and number of parts.
 
 A logical defect changes which parts lie where and leaves every part intact; a structural one damages a part or the

@@ -108,7 +108,7 @@ class GroupEvaluator(Evaluator):
 
     def _store_device(self, trainer: Trainer, pl_module: LightningModule) -> torch.device:
         """Where fields are kept; collective operations may need them on the accelerator."""
-        return torch.device("cpu") if self.compute_on_cpu and trainer.num_devices == 1 else pl_module.device
+        return torch.device("cpu") if self.compute_on_cpu and trainer.world_size == 1 else pl_module.device
 
     def _groups(self, batch: Batch) -> list[str]:
         """Group of each image of a batch."""

@@ -3,6 +3,7 @@
 import socket
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import onnxruntime
 import openvino
@@ -98,9 +99,11 @@ def test_no_network_is_needed(
     loco,
     images: torch.Tensor,
     no_network: list[object],
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     """Building with any weights, restoring a checkpoint and training on local weights ask no server."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # conftest.py sets it: asking must show
     model_class()
     restored = model_class.load_from_checkpoint(trained.checkpoint, weights="hub").eval()
     with torch.no_grad():
@@ -117,8 +120,9 @@ def test_local_weights(model_class: type[AnomalibModule], case: Case, loco, tmp_
     state = timm.create_model(case.arguments["backbone"]).state_dict()
     file = tmp_path / f"weights{suffix}"
     save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
-    model = model_class(**(case.arguments | {"weights": str(file)}))
-    fit(model, loco, tmp_path)
+    model = model_class(**(case.arguments | {"weights": file}))
+    checkpoint = fit(model, loco, tmp_path)
+    assert model_class.load_from_checkpoint(checkpoint).hparams["weights"] == str(file)
     ours = model.model.state_dict()
     loaded = {key: value for key, value in ours.items() if key.startswith("backbone.")}
     assert loaded
@@ -126,10 +130,10 @@ def test_local_weights(model_class: type[AnomalibModule], case: Case, loco, tmp_
         torch.testing.assert_close(value, state[key.removeprefix("backbone.network.")], atol=0, rtol=0)
 
 
-def fit(model: AnomalibModule, datamodule, root: Path) -> None:
-    Engine(default_root_dir=root, accelerator="cpu", enable_progress_bar=False, max_steps=1).fit(
-        model, datamodule=datamodule
-    )
+def fit(model: AnomalibModule, datamodule, root: Path) -> str:
+    engine = Engine(default_root_dir=root, accelerator="cpu", enable_progress_bar=False, max_epochs=1)
+    engine.fit(model, datamodule=datamodule)
+    return engine.best_model_path
 
 
 def test_missing_weights(model_class: type[AnomalibModule], case: Case, loco, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.models import AnomalibModule, get_model, list_models
+from anomalib.utils.path import convert_to_snake_case
 from cases import CASES, Case, registered_models
 from torch import nn
 
@@ -21,7 +22,7 @@ def test_every_registered_model_has_a_case() -> None:
 
 
 def test_found_by_name(name: str, model_class: type[AnomalibModule], case: Case) -> None:
-    assert name.lower() in list_models()
+    assert convert_to_snake_case(name) in list_models()
     assert name in anomalib.models.__all__
     assert AnomalibModule in model_class.__bases__
     for request in (

@@ -9,7 +9,14 @@ from torch.utils.data import DataLoader
 
 from anomalib_pack.data import MVTecLoco
 from anomalib_ulsad import Ulsad
-from anomalib_ulsad.torch_model import FeatureReconstructionNetwork, GlobalAutoencoder, UlsadModel
+from anomalib_ulsad.anomaly_map import feature_distance, normalise_map, smooth_map
+from anomalib_ulsad.torch_model import (
+    BranchMaps,
+    FeatureReconstructionNetwork,
+    GlobalAutoencoder,
+    UlsadModel,
+    combine,
+)
 
 SMALL = {"backbone": "resnet18", "weights": None, "feature_dim": 8}
 IMAGES = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
@@ -116,9 +123,23 @@ def test_quantiles_take_normal_images_only(loco_root, tmp_path) -> None:
     np.testing.assert_allclose(model.model.structural_quantiles, both_quantiles(maps.structural), rtol=1e-4)
 
 
-def test_quantiles_when_training_ends_between_validations(loco: MVTecLoco, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "length",
+    [
+        {"max_steps": 2},  # within the first epoch
+        {"max_steps": 2, "check_val_every_n_epoch": 5},
+        {"max_epochs": 1, "check_val_every_n_epoch": 5},  # no epoch is due for validation
+    ],
+)
+def test_quantiles_and_thresholds_when_training_ends_between_validations(
+    loco: MVTecLoco, tmp_path, length: dict[str, int]
+) -> None:
     model = Ulsad(**SMALL)
-    fit(model, loco, tmp_path, max_steps=2)  # 3 steps make an epoch: no validation runs
+    engine = fit(model, loco, tmp_path, **length)
+    assert model.post_processor.image_threshold.isfinite()
+    saved = torch.load(engine.best_model_path, weights_only=True)["state_dict"]
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(saved[name], value, atol=0, rtol=0, equal_nan=True)
     with torch.no_grad():
         items = [loco.val_data[index].image for index in range(len(loco.val_data))]
         maps = model.model.eval().raw_maps(torch.stack(items))
@@ -153,6 +174,51 @@ def test_inference_needs_no_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     model(IMAGES)
     with pytest.raises(AssertionError):
         Ulsad(**SMALL).loss(model.train()(IMAGES))
+
+
+def test_validation_on_other_data_after_training(loco: MVTecLoco, loco_root, tmp_path) -> None:
+    """Measures that data, not the validation set of the training."""
+    model = Ulsad(**SMALL)
+    engine = fit(model, loco, tmp_path, max_epochs=1)
+    other = MVTecLoco(root=loco_root, category="tray", num_workers=0, val_split_mode="same_as_test")
+    engine.validate(model, datamodule=other)
+    items = [other.val_data[index] for index in range(len(other.val_data))]
+    with torch.no_grad():
+        maps = model.model.eval().raw_maps(torch.stack([item.image for item in items if not item.gt_label]))
+    np.testing.assert_allclose(model.model.logical_quantiles, both_quantiles(maps.logical), rtol=1e-4)
+
+
+def test_validation_is_needed(loco: MVTecLoco, tmp_path) -> None:
+    with pytest.raises(ValueError, match="limit_val_batches"):
+        fit(Ulsad(**SMALL), loco, tmp_path, max_epochs=1, limit_val_batches=0)
+
+
+def test_batches_of_one_image(loco: MVTecLoco, tmp_path) -> None:
+    loco.train_batch_size = 1
+    with pytest.raises(ValueError, match="train_batch_size"):
+        fit(Ulsad(**SMALL), loco, tmp_path, max_epochs=1)
+    fit(Ulsad(**SMALL, global_loss=None), loco, tmp_path, max_steps=2)  # needs no autoencoder
+
+
+def test_maps_and_scores_stay_in_single_precision() -> None:
+    """Under autocast too: half precision would merge scores."""
+    structural, logical = torch.rand(2, 32, 32), torch.rand(2, 32, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = torch.rand(1, 8, 32, 32).bfloat16()
+        assert feature_distance(half, half.flip(1), 0.5).dtype == torch.float32
+        full = [smooth_map(distance, (256, 256)) for distance in (structural, logical)]
+        result = combine(BranchMaps(*(normalise_map(maps, torch.tensor([0.1, 0.9])) for maps in full)))
+    assert result.pred_score.dtype == result.anomaly_map.dtype == torch.float32
+    assert len(result.anomaly_map.unique()) > 50_000  # of 131 072; bfloat16 has some 1 000
+
+
+def test_grids_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="finest grid"):
+        small_model(layers=["layer3", "layer2"])
+    coarse = small_model(layers=["layer3", "layer4"]).eval()
+    with pytest.raises(ValueError, match="multiples of 64"):
+        coarse(torch.rand(1, 3, 288, 288))
+    assert coarse(torch.rand(1, 3, 320, 320)).anomaly_map.shape == (1, 1, 320, 320)
 
 
 def test_explanation_names_the_branch_that_fired() -> None:
@@ -193,6 +259,15 @@ def test_official_state_dict() -> None:
     target.backbone.load_state_dict(source.backbone.state_dict())
     target.load_official_state_dict(official)
     torch.testing.assert_close(target.eval()(IMAGES), source.eval()(IMAGES), atol=0, rtol=0)
+
+
+def test_official_state_dict_without_quantiles(caplog: pytest.LogCaptureFixture) -> None:
+    """Published checkpoints of earlier epochs hold zeros: t(M) = M until Engine.validate measures them."""
+    official = official_names(small_model()) | {f"quantiles.q{end}_local": torch.zeros(1) for end in "ab"}
+    model = small_model()
+    model.load_official_state_dict(official)
+    assert "structural" in caplog.text
+    assert model.eval()(IMAGES).pred_score.isfinite().all()
 
 
 @pytest.mark.parametrize("missing", ["featae.conv1.weight", "quantiles.qa_local"])
