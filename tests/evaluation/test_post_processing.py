@@ -7,6 +7,7 @@ import torch
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
+from lightning.pytorch.trainer.states import TrainerFn
 from sklearn.metrics import roc_auc_score
 
 from anomalib_pack.post_processing import (
@@ -17,7 +18,11 @@ from anomalib_pack.post_processing import (
     normalize,
 )
 
-TRAINER = SimpleNamespace(val_dataloaders=None, sanity_checking=False)  # All that the post-processor reads of it.
+# All that the post-processor reads of a trainer: is this a sanity check, and does the sampler repeat samples?
+WITHOUT_SAMPLER = SimpleNamespace(_combined_loader=SimpleNamespace(iterables=None))
+TRAINER = SimpleNamespace(
+    sanity_checking=False, state=SimpleNamespace(fn=TrainerFn.VALIDATING), validate_loop=WITHOUT_SAMPLER
+)
 
 
 def random_batch(seed, count=12, size=8, scale=30.0, anomalous=None, masks=True):
@@ -242,7 +247,7 @@ def test_sanity_check_is_not_validation():
     batch = random_batch(0)
     batch.pred_score[:] = float("nan")
     post_processor = RankPreservingPostProcessor()
-    trainer = SimpleNamespace(val_dataloaders=None, sanity_checking=True)
+    trainer = SimpleNamespace(sanity_checking=True)
     post_processor.on_validation_batch_end(trainer, None, batch, batch, 0)
     post_processor.on_validation_epoch_end(trainer, None)
     assert post_processor.image_threshold.isnan()
