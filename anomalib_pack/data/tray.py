@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anomalib_pack.data.defects import DAMAGES, Defect, random_cut
+from anomalib_pack.data.defects import DAMAGES, Defect, draw_structural, random_cut
 from anomalib_pack.data.parts import CAP, CLIP, NUT, PLUG, SCREW, WASHER, Part
 from anomalib_pack.data.rendering import Canvas, photograph, smooth_noise, smooth_step
 
@@ -46,8 +46,7 @@ class Piece:
 def draw_defects(group: str, rng: np.random.Generator) -> list[str]:
     """Draw the names of the defects of one anomalous image."""
     if group == "structural_anomalies":
-        names = [defect.name for defect in STRUCTURAL_DEFECTS]
-        return rng.choice(names, size=rng.choice([1, 2], p=[0.7, 0.3]), replace=False).tolist()
+        return draw_structural(STRUCTURAL_DEFECTS, rng)
     part = KIT[rng.integers(len(KIT))][0].name
     return [rng.choice([f"missing_{part}", f"extra_{part}", f"wrong_{part}", "swapped_compartments"]).item()]
 

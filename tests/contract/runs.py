@@ -5,9 +5,11 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from anomalib.cli.cli import AnomalibCLI
+from anomalib.engine import Engine
 from cases import Case
 
 ANOMALIB = Path(sys.executable).with_name("anomalib")
@@ -47,6 +49,11 @@ def run_command(*arguments: str | Path, **environment: str) -> subprocess.Comple
         timeout=400,
         check=False,
     )
+
+
+def quiet_engine(root: Path, **arguments: Any) -> Engine:
+    """Build an engine that runs on the CPU without progress bars."""
+    return Engine(default_root_dir=root, accelerator="cpu", enable_progress_bar=False, **arguments)
 
 
 def run_cli(*arguments: str | Path) -> AnomalibCLI:

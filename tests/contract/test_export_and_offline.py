@@ -12,10 +12,9 @@ import timm
 import torch
 from anomalib.data.utils import read_image
 from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
-from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from cases import Case
-from runs import Trained, run_cli, write_model_config
+from runs import Trained, quiet_engine, run_cli, write_model_config
 from safetensors.torch import save_file
 
 TOLERANCE = 1e-4  # of the map's range
@@ -69,7 +68,7 @@ def test_anomalib_inferencers(
     """Files exported without an input size take images of any size in Anomalib's own inferencers."""
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")  # what Anomalib asks for before it unpickles a model
     monkeypatch.chdir(tmp_path)  # OpenVINO's inferencer writes a cache into the working directory
-    engine = Engine(default_root_dir=tmp_path, accelerator="cpu")
+    engine = quiet_engine(tmp_path)
     image = next((loco_root / "tray" / "test" / "logical_anomalies").iterdir())
     torch_file = engine.export(restored, ExportType.TORCH, export_root=tmp_path)
     xml_file = engine.export(restored, ExportType.OPENVINO, export_root=tmp_path)
@@ -108,9 +107,7 @@ def test_no_network_is_needed(
     restored = model_class.load_from_checkpoint(trained.checkpoint, weights="hub").eval()
     with torch.no_grad():
         restored(images)
-    Engine(default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False, max_epochs=1).fit(
-        model_class(**case.arguments), datamodule=loco
-    )
+    fit(model_class(**case.arguments), loco, tmp_path)
     assert no_network == []
 
 
@@ -131,7 +128,7 @@ def test_local_weights(model_class: type[AnomalibModule], case: Case, loco, tmp_
 
 
 def fit(model: AnomalibModule, datamodule, root: Path) -> str:
-    engine = Engine(default_root_dir=root, accelerator="cpu", enable_progress_bar=False, max_epochs=1)
+    engine = quiet_engine(root, max_epochs=1)
     engine.fit(model, datamodule=datamodule)
     return engine.best_model_path
 

@@ -11,19 +11,14 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import Folder
-from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from cases import Case
 from PIL import Image
-from runs import SEED, Trained, run_cli, run_command, write_config, write_model_config
+from runs import SEED, Trained, quiet_engine, run_cli, run_command, write_config, write_model_config
 
 from anomalib_pack.data import MVTecLoco
 
 HERE = Path(__file__).parent
-
-
-def quiet_engine(root: Path, **arguments) -> Engine:
-    return Engine(default_root_dir=root, accelerator="cpu", enable_progress_bar=False, **arguments)
 
 
 def loco_batch(datamodule: MVTecLoco, model: AnomalibModule) -> torch.Tensor:
