@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.data.utils import read_image
+from anomalib.models.components import AnomalibModule
 from torch.utils.data import Dataset
+from torchvision.transforms.v2 import Normalize
+from tqdm.auto import tqdm
+
+
+def require(name: str, value: Any, allowed: bool, rule: str) -> None:
+    """Check an argument.
+
+    Raises:
+        ValueError: If it is not allowed; the message names the argument, the rule and the value.
+    """
+    if not allowed:
+        msg = f"{name} must be {rule}, got {value!r}."
+        raise ValueError(msg)
+
+
+def check_pre_processor(module: AnomalibModule) -> None:
+    """Check the pre-processor of a model whose network normalises images itself and has a ``check_image_size``.
+
+    Raises:
+        ValueError: If its transform contains ``Normalize``, or resizes to a size that the network cannot take.
+    """
+    transform = getattr(module.pre_processor, "transform", None)
+    if transform is None:
+        return
+    if extract_transforms_by_type(transform, Normalize):
+        msg = f"pre_processor must not contain Normalize: {module.name} normalises RGB in [0, 1] itself."
+        raise ValueError(msg)
+    if module.input_size is not None:
+        module.model.check_image_size(module.input_size)
 
 
 def check_training_images(datamodule: AnomalibDataModule) -> None:
@@ -37,17 +69,18 @@ def check_normal_validation_images(datamodule: AnomalibDataModule) -> None:
             "maps. Add some, or hold back a part of the training set with val_split_mode=from_train."
         )
         raise ValueError(msg)
-    check_readable(_image_paths(validation))
+    check_readable(validation)
 
 
-def check_readable(paths: Iterable[str]) -> None:
-    """Decode images.
+def check_readable(dataset: Dataset) -> None:
+    """Decode all images of a data set once.
 
     Raises:
         ValueError: If one cannot be decoded; the message names the file.
     """
+    paths = _image_paths(dataset)
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
-        for message in pool.map(_reading_error, paths):
+        for message in tqdm(pool.map(_reading_error, paths), desc="Checking images", total=len(paths), leave=False):
             if message:
                 raise ValueError(message)
 

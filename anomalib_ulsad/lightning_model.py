@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, ImageBatch
-from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -22,13 +21,20 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import Compose, Normalize, Resize
+from torchvision.transforms.v2 import Compose, Resize
 
-from anomalib_pack.checks import check_finite, check_normal_validation_images, check_training_images
+from anomalib_pack.checks import (
+    check_finite,
+    check_normal_validation_images,
+    check_pre_processor,
+    check_training_images,
+    require,
+)
 from anomalib_pack.metrics import GroupEvaluator, default_test_metrics
 from anomalib_pack.passes import gather_shares, one_pass, share_buffers, sum_over_processes, validation_loader
 from anomalib_pack.post_processing import RankPreservingPostProcessor
 from anomalib_pack.quantiles import quantiles
+from anomalib_pack.training import ValidatesAtTheEnd
 
 from .loss import UlsadLoss
 from .torch_model import BranchMaps, UlsadModel, combine
@@ -39,7 +45,7 @@ PAPER_EPOCHS = 200  # Sec. 4.1
 LIGHTNING_DEFAULT_EPOCHS = 1000  # what Trainer.max_epochs is when a user sets no length of training
 
 
-class Ulsad(AnomalibModule):
+class Ulsad(ValidatesAtTheEnd, AnomalibModule):
     """ULSAD: Unified framework for Logical and Structural Anomaly Detection.
 
     Training needs a validation set with normal images (they normalise the maps) and images of at least 256 x 256
@@ -96,15 +102,15 @@ class Ulsad(AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        _require("feature_dim", feature_dim, feature_dim >= 1, "at least 1")
-        _require("lambda_l", lambda_l, lambda_l >= 0, "at least 0")
-        _require("lambda_g", lambda_g, lambda_g >= 0, "at least 0")
-        _require("alpha", alpha, 0 <= alpha < beta, "at least 0 and below beta")
-        _require("beta", beta, beta <= 1, "at most 1")
-        _require("lr", lr, lr > 0, "above 0")
-        _require("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
+        require("feature_dim", feature_dim, feature_dim >= 1, "at least 1")
+        require("lambda_l", lambda_l, lambda_l >= 0, "at least 0")
+        require("lambda_g", lambda_g, lambda_g >= 0, "at least 0")
+        require("alpha", alpha, 0 <= alpha < beta, "at least 0 and below beta")
+        require("beta", beta, beta <= 1, "at most 1")
+        require("lr", lr, lr > 0, "above 0")
+        require("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
         allowed = ("attention", "feature", None)
-        _require("global_loss", global_loss, global_loss in allowed, f"one of {allowed}")
+        require("global_loss", global_loss, global_loss in allowed, f"one of {allowed}")
         weights = str(weights) if isinstance(weights, Path) else weights  # checkpoints hold plain data
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
@@ -125,17 +131,7 @@ class Ulsad(AnomalibModule):
             final_activation=final_activation,
         )
         self.loss = UlsadLoss(lambda_l, lambda_g, global_loss)
-        self._check_pre_processor()
-
-    def _check_pre_processor(self) -> None:
-        transform = getattr(self.pre_processor, "transform", None)
-        if transform is None:
-            return
-        if extract_transforms_by_type(transform, Normalize):
-            msg = "pre_processor must not contain Normalize: Ulsad normalises RGB in [0, 1] itself."
-            raise ValueError(msg)
-        if self.input_size is not None:
-            self.model.check_image_size(self.input_size)
+        check_pre_processor(self)
 
     def setup(self, stage: str) -> None:
         """Check the data, load the backbone's weights and set the paper's length of training."""
@@ -163,6 +159,7 @@ class Ulsad(AnomalibModule):
         if self.trainer.train_dataloader.batch_size == 1 and self.model.autoencoder is not None:
             msg = "train_batch_size must be at least 2 for the BatchNorm of the global autoencoder, got 1."
             raise ValueError(msg)
+        self.model.train()  # Lightning would train a model that was left in eval mode with fixed BatchNorm statistics
         if self.trainer.ckpt_path is None:  # a checkpoint carries them
             self._measure_channel_statistics(self.trainer.train_dataloader)
 
@@ -182,19 +179,6 @@ class Ulsad(AnomalibModule):
         self.model.feature_mean.copy_(mean.view(1, -1, 1, 1))
         # Ours: a channel that never changes carries no information; dividing by 1 keeps it finite.
         self.model.feature_std.copy_(torch.where(std > 0, std, 1).view(1, -1, 1, 1))
-
-    def on_train_epoch_start(self) -> None:
-        """Validate after the last epoch whatever the interval, so that the kept weights have their quantiles."""
-        trainer = self.trainer
-        if trainer.check_val_every_n_epoch is not None and trainer.current_epoch + 1 == trainer.max_epochs:
-            trainer.check_val_every_n_epoch = 1
-
-    def on_train_batch_end(self, *_arguments: Any) -> None:
-        """Validate after the last step where ``max_steps`` ends the training within an epoch."""
-        trainer = self.trainer
-        if trainer.check_val_every_n_epoch is not None and 0 <= trainer.max_steps <= trainer.global_step:
-            trainer.check_val_every_n_epoch = 1
-            trainer.should_stop = True  # Lightning then validates at once
 
     def training_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
         """Compute the losses of Algorithm 1 (lines 9 to 19).
@@ -293,9 +277,3 @@ def explain(maps: BranchMaps) -> list[str]:
         return [f"structural {score:.2f}" for score in structural]
     logical = maps.logical.amax(dim=(1, 2, 3)).tolist()
     return [f"logical {ours:.2f}, structural {theirs:.2f}" for ours, theirs in zip(logical, structural, strict=True)]
-
-
-def _require(name: str, value: Any, allowed: bool, rule: str) -> None:
-    if not allowed:
-        msg = f"{name} must be {rule}, got {value!r}."
-        raise ValueError(msg)

@@ -50,7 +50,7 @@ class SyntheticLoco(MVTecLoco):
         test_split_ratio: Share of the images that a split for testing takes.
         val_split_ratio: Share of the images that a split for validation takes.
         seed: Seed of random splits.
-        image_size: Side of the square images in pixels, at least 64.
+        image_size: Side of the square images in pixels, at least 64; or height and width, which must be equal.
         num_train: Number of training images, all normal.
         num_val: Number of validation images, all normal.
         num_test: Number of test images of each kind: normal, logical anomalies, structural anomalies.
@@ -81,7 +81,7 @@ class SyntheticLoco(MVTecLoco):
         test_split_ratio: float | None = None,
         val_split_ratio: float | None = None,
         seed: int | None = None,
-        image_size: int = 256,
+        image_size: int | tuple[int, int] = 256,
         num_train: int = 120,
         num_val: int = 30,
         num_test: int = 30,
@@ -106,6 +106,11 @@ class SyntheticLoco(MVTecLoco):
         if category not in SCENES:
             msg = f"category must be one of {', '.join(SCENES)}, got {category!r}."
             raise ValueError(msg)
+        if isinstance(image_size, tuple):  # what Anomalib's get_datamodule makes of every image_size
+            if image_size[0] != image_size[1]:
+                msg = f"image_size must be one side or two equal ones, got {image_size}."
+                raise ValueError(msg)
+            image_size = image_size[0]
         for name, value, least in (
             ("image_size", image_size, 64),
             ("num_train", num_train, 1),

