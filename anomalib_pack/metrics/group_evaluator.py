@@ -3,7 +3,8 @@
 Each metric is computed by its own class on fields of the test batches that are stored once::
 
     on_test_batch_end   fields of the batch -> store
-    on_test_epoch_end   for each metric, for overall and each group: fresh copy, update with the subset, compute, log
+    on_test_epoch_end   for overall and each group, for each metric: fresh copy, update with the subset, compute, log
+    teardown            print the table, which thus comes after Lightning's
 """
 
 import csv
@@ -15,29 +16,40 @@ from typing import Literal
 
 import torch
 from anomalib.data import Batch
-from anomalib.metrics import AUPRO, AUROC, AnomalibMetric, F1Score
+from anomalib.metrics import AUROC, AnomalibMetric, F1Max, F1Score
 from anomalib.metrics.evaluator import Evaluator
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 from torch import distributed as dist
 
+from anomalib_pack.metrics import image, pixel
+from anomalib_pack.metrics.roc import RocCorners
 from anomalib_pack.metrics.samples import copied, select, unpadded_count
 
 EVERY_GROUP = ""  # Group of the images that belong to every group.
 
 
 def default_test_metrics() -> list[AnomalibMetric]:
-    """Anomalib's default test metrics and the pixel AUPRO; pixel metrics are left out for data without masks."""
+    """AUROC, AP, F1-max and F1 score of images and pixels, and the pixel AUPRO.
+
+    Pixel metrics are left out for data without masks.
+    """
+    scores, maps = ["pred_score", "gt_label"], ["anomaly_map", "gt_mask"]
     return [
-        AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
+        AUROC(fields=scores, prefix="image_"),
+        image.AP(fields=scores, prefix="image_"),
+        F1Max(fields=scores, prefix="image_"),
         F1Score(fields=["pred_label", "gt_label"], prefix="image_"),
-        AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+        pixel.AUROC(fields=maps, prefix="pixel_", strict=False),
+        pixel.AP(fields=maps, prefix="pixel_", strict=False),
+        pixel.F1Max(fields=maps, prefix="pixel_", strict=False),
         F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_", strict=False),
-        AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+        pixel.AUPRO(fields=maps, prefix="pixel_", strict=False),
     ]
 
 
@@ -83,11 +95,13 @@ class GroupEvaluator(Evaluator):
         self.test_metrics = self.validate_metrics(default_test_metrics() if test_metrics is None else test_metrics)
         self.group_by = group_by
         self._store: list[SimpleNamespace] = []
+        self._table: Table | None = None
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget an earlier run that was cut short."""
         del trainer, pl_module
         self._store.clear()
+        self._table = None
 
     def on_test_batch_end(
         self,
@@ -124,19 +138,14 @@ class GroupEvaluator(Evaluator):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute, log, print and write the metrics."""
         groups = self._reported_groups(trainer)
-        rows = {"": {}} | {group: {} for group in groups}
         device = self._store_device(trainer, pl_module)
-        for metric in self.test_metrics:
-            for group, row in rows.items():
-                value = self._compute(metric.clone().to(device), group)
-                if value is not None:
-                    row[metric.name] = value
+        rows = {group: self._values(group, device) for group in ("", *groups)}
         self._store.clear()
         if groups:
             rows["mean"] = mean_row([rows[group] for group in groups])
         self._log(rows, trainer)
         if groups and trainer.is_global_zero:
-            Console().print(rich_table(rows))
+            self._table = rich_table(rows)
             write_csv(rows, Path(trainer.default_root_dir) / "metrics.csv")
 
     def _reported_groups(self, trainer: Trainer) -> list[str]:
@@ -154,16 +163,33 @@ class GroupEvaluator(Evaluator):
         groups = sorted({group for share in shares for group in share} - {EVERY_GROUP})
         return [group for group in groups if _has_both_labels(group, shares)]
 
-    def _compute(self, metric: AnomalibMetric, group: str) -> float | None:
-        """Value of a fresh metric for a group, or for all images; None if its fields are missing."""
+    def _values(self, group: str, device: torch.device) -> dict[str, float]:
+        """Values of the metrics whose fields exist, for a group or for all images."""
+        values = {}
+        curves: dict[tuple[str, ...], RocCorners] = {}
+        for metric in self.test_metrics:
+            fields = tuple(metric.fields)
+            if isinstance(metric, pixel.PixelMetric) and fields in curves:
+                # Sorting the pixels is nearly all the work, and need not be done for each metric.
+                values[metric.name] = metric.value(curves[fields])
+                continue
+            fresh = self._updated(metric.clone().to(device), group)
+            value = fresh.compute()
+            if value is not None:
+                values[metric.name] = float(value)
+                if isinstance(fresh, pixel.PixelMetric):
+                    curves[fields] = fresh.curve
+        return values
+
+    def _updated(self, metric: AnomalibMetric, group: str) -> AnomalibMetric:
+        """The metric, updated with the samples of a group."""
         members = [_members(samples, group) for samples in self._store]
         updates = [index for index, mask in enumerate(members) if mask.any()]
         # A process without images of the group has to take part in the synchronisation.
         for index in updates or [0]:
             samples, mask = self._store[index], members[index]
             metric.update(samples if mask.all() else select(samples, metric.fields, mask))
-        value = metric.compute()
-        return None if value is None else float(value)
+        return metric
 
     def _log(self, rows: dict[str, dict[str, float]], trainer: Trainer) -> None:
         for group, row in rows.items():
@@ -173,6 +199,13 @@ class GroupEvaluator(Evaluator):
                 self.log(key, value, sync_dist=True)
                 if trainer.barebones:  # Logging is off, and Anomalib reads the results here.
                     trainer.callback_metrics[key] = trainer.logged_metrics[key] = torch.tensor(value)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Print the table of a test run."""
+        del trainer, pl_module, stage
+        if self._table is not None:
+            Console().print(self._table)
+            self._table = None
 
 
 def _has_both_labels(group: str, shares: list[dict[str, set[bool]]]) -> bool:
@@ -195,18 +228,31 @@ def mean_row(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def rich_table(rows: dict[str, dict[str, float]]) -> Table:
-    """Table for the console: groups down, metrics across; without the overall row, which Lightning prints."""
+    """Table for the console, as papers have it: groups down, metrics across, the mean last, in percent.
+
+    It has no overall row, which papers do not have either; Lightning prints those values.
+    """
     names = list(rows[""])
-    headers = [name.replace("_", " ") for name in names]  # So that they wrap between words on narrow terminals.
-    table = Table(Column("group", no_wrap=True), *headers, title="Test metrics per group")
-    for group, row in rows.items():
-        if group:
-            table.add_row(group, *(f"{row[name]:.4f}" if name in row else "" for name in names))
+    # Headers of two lines, so that nine metrics and MVTec AD's categories fit in 80 columns. Longer groups wrap.
+    headers = [Column(name.replace("_", "\n", 1), justify="right", vertical="bottom", no_wrap=True) for name in names]
+    table = Table(
+        Column("group", vertical="bottom"),
+        *headers,
+        title="Test metrics per group, in %",
+        box=box.HORIZONTALS,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    groups = [group for group in rows if group]
+    for group in groups:
+        values = (f"{100 * rows[group][name]:.1f}" if name in rows[group] else "" for name in names)
+        table.add_row(group.replace("_", " "), *values, end_section=group == groups[-2])
     return table
 
 
 def write_csv(rows: dict[str, dict[str, float]], path: Path) -> None:
     """Write the table with the overall row first; metrics that do not exist are empty."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # Nothing else creates it in a test run without logger.
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["group", *rows[""]])
         writer.writeheader()

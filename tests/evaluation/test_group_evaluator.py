@@ -11,18 +11,24 @@ import pytest
 import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
-from anomalib.metrics import AUPR, AUROC, Evaluator, F1Max
+from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max
 from anomalib.models import Patchcore
 from anomalib.post_processing import PostProcessor
 from lightning import seed_everything
-from sklearn.metrics import f1_score, roc_auc_score
+from rich.console import Console
+from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve, roc_auc_score
 from tiny_model import RawScores, TinyModel
 from torch.utils.data import DataLoader
 
-from anomalib_pack.metrics import GroupEvaluator, default_test_metrics
+from anomalib_pack.metrics import GroupEvaluator, default_test_metrics, pixel
+from anomalib_pack.metrics.group_evaluator import rich_table
+from anomalib_pack.metrics.roc import roc_corners
 from anomalib_pack.post_processing import RankPreservingPostProcessor
 
-DEFAULT_NAMES = ["image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO"]
+DEFAULT_NAMES = [
+    *("image_AUROC", "image_AP", "image_F1Max", "image_F1Score"),
+    *("pixel_AUROC", "pixel_AP", "pixel_F1Max", "pixel_F1Score", "pixel_AUPRO"),
+]
 
 
 def mvtec(images, val_split_mode="from_train"):
@@ -97,6 +103,11 @@ def by_folder(images, tmp_path_factory):
     return *train_and_test(model, mvtec(images), tmp_path_factory.mktemp("by_folder")), model
 
 
+def f1_max(truth, scores):
+    precision, recall, _ = precision_recall_curve(truth, scores)
+    return (2 * precision * recall / (precision + recall + 1e-30)).max()
+
+
 def test_groups_are_subsets(by_folder):
     metrics, raw, engine, model = by_folder
     paths, scores, maps, labels, masks = raw.arrays()
@@ -108,8 +119,12 @@ def test_groups_are_subsets(by_folder):
         truth = masks[chosen].ravel() > 0
         expected = {
             "image_AUROC": roc_auc_score(labels[chosen], scores[chosen]),
+            "image_AP": average_precision_score(labels[chosen], scores[chosen]),
+            "image_F1Max": f1_max(labels[chosen], scores[chosen]),
             "image_F1Score": f1_score(labels[chosen], predicted[chosen]),
             "pixel_AUROC": roc_auc_score(truth, maps[chosen].ravel()),
+            "pixel_AP": average_precision_score(truth, maps[chosen].ravel()),
+            "pixel_F1Max": f1_max(truth, maps[chosen].ravel()),
             "pixel_F1Score": f1_score(truth, predicted_masks[chosen].ravel()),
         }
         for name, value in expected.items():
@@ -122,10 +137,27 @@ def test_groups_are_subsets(by_folder):
     assert {name: value.item() for name, value in engine.trainer.callback_metrics.items()} == metrics
 
 
-def test_overall_is_stock(by_folder, images, tmp_path):
-    model = tiny_model(RankPreservingPostProcessor(), Evaluator(test_metrics=default_test_metrics()))
+def test_overall_is_that_of_the_stock_evaluator(by_folder, images, tmp_path):
+    maps = {"fields": ["anomaly_map", "gt_mask"], "prefix": "stock_"}
+    theirs = {"pixel_AUROC": AUROC, "pixel_AP": AUPR, "pixel_F1Max": F1Max, "pixel_AUPRO": AUPRO}
+    test_metrics = [*default_test_metrics(), *(metric(**maps) for metric in theirs.values())]
+    model = tiny_model(RankPreservingPostProcessor(), Evaluator(test_metrics=test_metrics))
     stock, _, _ = train_and_test(model, mvtec(images), tmp_path)
-    assert stock == {name: by_folder[0][name] for name in DEFAULT_NAMES}
+    for name in DEFAULT_NAMES:
+        assert stock[name] == by_folder[0][name]
+    for name, metric in theirs.items():
+        assert stock[f"stock_{metric.__name__}"] == pytest.approx(by_folder[0][name], abs=1e-6)
+
+
+def test_pixels_are_sorted_once_for_all_metrics(images, tmp_path, monkeypatch):
+    """Overall and for two groups; metrics on other fields have pixels of their own."""
+    lengths = []
+    monkeypatch.setattr(pixel, "roc_corners", lambda *scores: lengths.append(len(scores[0])) or roc_corners(*scores))
+    other = pixel.AUROC(fields=["pred_mask", "gt_mask"], prefix="mask_")
+    evaluator = GroupEvaluator(test_metrics=[*default_test_metrics(), other], group_by="folder")
+    metrics, _, _ = train_and_test(tiny_model(RankPreservingPostProcessor(), evaluator), mvtec(images), tmp_path)
+    assert len(lengths) == 6
+    assert metrics["mask_AUROC_hole"] != metrics["pixel_AUROC_hole"]
 
 
 def test_csv(by_folder):
@@ -169,8 +201,32 @@ def test_metrics_of_the_user_per_group(images, tmp_path, capsys):
     metrics, _, engine = train_and_test(model, mvtec(images, "same_as_test"), tmp_path)
     names = {f"{name}{end}" for name in ("AUPR", "image_F1Max") for end in ("", "_hole", "_stain", "_mean")}
     assert set(metrics) == names
+    lines = capsys.readouterr().out.splitlines()
+    groups = [line.split()[0] for line in lines if line.split()[:1] and line.split()[0] in {"hole", "stain", "mean"}]
+    assert groups == ["hole", "stain", "mean"]
+    assert any("DataLoader" in line for line in lines)
+    assert "mean" in lines[-2]  # after Lightning's table
     assert engine.validate(model, datamodule=mvtec(images, "same_as_test"))[0].keys() == {"val_AUROC"}
-    assert "Test metrics per group" in capsys.readouterr().out
+    assert "mean" not in capsys.readouterr().out
+
+
+def test_table_fits_a_narrow_terminal(capsys):
+    """Nine metrics of MVTec AD's longest categories in 80 columns; the groups of MVTec LOCO wrap between words."""
+    row = dict.fromkeys(DEFAULT_NAMES, 0.98765) | {"image_AUROC": 1.0}
+    rows = dict.fromkeys(("", "metal_nut", "toothbrush", "transistor", "mean"), row)
+    Console(width=80).print(rich_table(rows))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    values = ["100.0", *["98.8"] * 8]
+    assert [name.partition("_")[2] for name in DEFAULT_NAMES] == lines[3][1:]
+    assert [line for line in lines if line[-1] == "98.8"] == [
+        ["metal", "nut", *values],
+        ["toothbrush", *values],
+        ["transistor", *values],
+        ["mean", *values],
+    ]
+    Console(width=80).print(rich_table({"": row, "structural_anomalies": row, "mean": row}))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["anomalies", *values] in lines
 
 
 def test_groups_of_a_loco_dataset(loco, tmp_path):
@@ -203,6 +259,15 @@ def test_incomplete_group_is_left_out(anomalous, missing, loco, tmp_path):
     with pytest.warns(UserWarning, match=f"Group 'board' has no {missing} test images"):
         metrics = engine.test(model, dataloaders=loader)[0]
     assert set(metrics) == set(DEFAULT_NAMES)
+
+
+def test_csv_of_a_run_without_logger(loco, tmp_path):
+    """Nothing but the evaluator writes to its folder, which thus does not exist."""
+    loco.setup()
+    model = tiny_model(RankPreservingPostProcessor(), GroupEvaluator())
+    engine = Engine(accelerator="cpu", default_root_dir=tmp_path / "new", logger=False, enable_progress_bar=False)
+    engine.test(model, dataloaders=loco.test_dataloader())
+    assert (Path(engine.trainer.default_root_dir) / "metrics.csv").exists()
 
 
 def test_unknown_grouping():

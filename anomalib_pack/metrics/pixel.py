@@ -1,0 +1,193 @@
+"""Pixel metrics with the values of the usual exact ones, in a fraction of their memory and time.
+
+Differences from Anomalib's and torchmetrics' classes:
+
+- Scores rank as they are. torchmetrics applies a sigmoid to scores outside [0, 1], which makes large ones equal.
+- A NaN among the scores is an error.
+- Sums over up to 1e8 pixels are integers or float64, where the others have float32.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from anomalib.metrics import AnomalibMetric
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
+
+from anomalib_pack.metrics.roc import RocCorners, roc_corners
+
+CHUNK = 2**22  # Pixels copied at a time: 16 MB.
+
+
+class _PixelMetric(Metric):
+    """Maps and masks of all batches, and the curve that all pixel metrics are read off.
+
+    The states refer to the maps and masks that they are updated with. Computing takes 4 bytes per pixel on top, and
+    about 120 per anomalous pixel, on the CPU, where scores can be sorted in place. The states of several processes are
+    gathered as those of any torchmetrics metric, which makes three copies for a while.
+
+    Attributes:
+        curve: Set by ``compute``: the corners of the curve that the value was read off.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    scores: list[Tensor] | Tensor
+    is_anomalous: list[Tensor] | Tensor
+    areas: list[Tensor] | Tensor
+    curve: RocCorners
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for state in ("scores", "is_anomalous", "areas"):
+            self.add_state(state, default=[], dist_reduce_fx="cat")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add maps and masks.
+
+        Args:
+            preds: Anomaly maps, shape (B, 1, H, W) or (B, H, W), of any range; compared in float32.
+            target: Masks of the same size, shape (B, 1, H, W) or (B, H, W), nonzero where anomalous.
+
+        Raises:
+            ValueError: If the shapes differ, or a score is NaN.
+        """
+        scores, masks = _without_channel(preds).float(), _without_channel(target).bool()
+        if scores.shape != masks.shape or scores.ndim != 3:
+            msg = f"Maps and masks must have one shape (B, H, W), got {tuple(preds.shape)} and {tuple(target.shape)}."
+            raise ValueError(msg)
+        if scores.isnan().any():
+            msg = f"{int(scores.isnan().sum())} of {scores.numel()} pixel scores are NaN, which has no rank."
+            raise ValueError(msg)
+        self.scores.append(scores.flatten())
+        self.is_anomalous.append(masks.flatten())
+        self.areas.append(region_areas(masks))
+
+    def compute(self) -> Tensor:
+        """Value of the metric, a scalar."""
+        normal, anomalous = self._scores_of_both_kinds()
+        for scores, kind in ((normal, "normal"), (anomalous, "anomalous")):
+            if not len(scores):
+                rank_zero_warn(f"There are no {kind} pixels: pixel metrics mean nothing.")
+        self.curve = roc_corners(normal, anomalous, dim_zero_cat(self.areas).cpu())
+        del normal  # 4 bytes per pixel, which reading the curve may need.
+        return torch.tensor(self.value(self.curve), device=self.device)
+
+    def _scores_of_both_kinds(self) -> tuple[Tensor, Tensor]:
+        """Scores of the normal and of the anomalous pixels, copies on the CPU."""
+        chunks = list(zip(_chunks(self.scores), _chunks(self.is_anomalous), strict=True))
+        anomalous = torch.cat([scores.masked_select(mask) for scores, mask in chunks]).cpu()
+        # Filled, and not concatenated from parts: both would be held at a time.
+        normal = torch.empty(sum(len(scores) for scores, _ in chunks) - len(anomalous))
+        start = 0
+        for scores, mask in chunks:
+            part = scores.masked_select(~mask)
+            normal[start : start + len(part)] = part
+            start += len(part)
+        return normal, anomalous
+
+    @abstractmethod
+    def value(self, curve: RocCorners) -> float:
+        """Read the metric off the curve."""
+
+
+class PixelMetric(AnomalibMetric, _PixelMetric):
+    """Base of the metrics here: they have their curve in common, which is nearly all the work."""
+
+    default_fields = ("anomaly_map", "gt_mask")
+
+
+class AUROC(PixelMetric):
+    """Area under the ROC curve of all pixels; 0 if all pixels are of one kind, as in torchmetrics.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> maps = torch.tensor([[[0.1, 0.3, 0.2, 0.9]]])
+        >>> batch = SimpleNamespace(anomaly_map=maps, gt_mask=torch.tensor([[[False, False, True, True]]]))
+        >>> metric = AUROC()
+        >>> metric.update(batch)
+        >>> metric.compute()
+        tensor(0.7500)
+    """
+
+    def value(self, curve: RocCorners) -> float:
+        """Read the metric off the curve."""
+        return curve.auroc()
+
+
+class AP(PixelMetric):
+    """Average precision of all pixels, as scikit-learn's ``average_precision_score``."""
+
+    def value(self, curve: RocCorners) -> float:
+        """Read the metric off the curve."""
+        return curve.average_precision()
+
+
+class F1Max(PixelMetric):
+    """Largest F1 score that a threshold on all pixels reaches."""
+
+    def value(self, curve: RocCorners) -> float:
+        """Read the metric off the curve."""
+        return curve.f1_max()
+
+
+class AUPRO(PixelMetric):
+    """Area under the curve of mean region overlap, normalised as in MVTec AD's evaluation.
+
+    Regions are the connected components of a mask, with diagonal neighbours, as in Anomalib.
+
+    Args:
+        fpr_limit: False positive rate, in (0, 1], up to which the area counts.
+        **kwargs: Arguments of ``AnomalibMetric``.
+
+    Raises:
+        ValueError: If ``fpr_limit`` is not in (0, 1].
+    """
+
+    def __init__(self, fpr_limit: float = 0.3, **kwargs: Any) -> None:
+        if not 0 < fpr_limit <= 1:
+            msg = f"fpr_limit must be in (0, 1], got {fpr_limit}."
+            raise ValueError(msg)
+        super().__init__(**kwargs)
+        self.fpr_limit = fpr_limit
+
+    def value(self, curve: RocCorners) -> float:
+        """Read the metric off the curve."""
+        return curve.aupro(self.fpr_limit)
+
+
+def region_areas(masks: Tensor) -> Tensor:
+    """Number of pixels of the region that each anomalous pixel belongs to.
+
+    Args:
+        masks: Boolean masks of shape (B, H, W) with P anomalous pixels.
+
+    Returns:
+        Shape (P,), float32 (exact up to 2^24 pixels per region), in the order of ``masks.nonzero()``.
+    """
+    areas = [torch.empty(0)]
+    for mask in masks[masks.flatten(1).any(dim=1)].cpu().numpy():
+        # What Anomalib calls too, but its renumbering over the batch takes 30 times as long, 1000 times for speckles.
+        _, labels = cv2.connectedComponents(mask.astype(np.uint8))
+        regions = labels[mask]
+        areas.append(torch.from_numpy(np.bincount(regions)[regions]).float())
+    return torch.cat(areas).to(masks.device)
+
+
+def _chunks(state: list[Tensor] | Tensor) -> Iterator[Tensor]:
+    """Parts of a state, which is one tensor after gathering."""
+    for part in [state] if isinstance(state, Tensor) else state:
+        yield from part.split(CHUNK)
+
+
+def _without_channel(values: Tensor) -> Tensor:
+    """Shape (B, 1, H, W) to (B, H, W); others stay."""
+    return values.squeeze(1) if values.ndim == 4 else values

@@ -1,0 +1,175 @@
+"""Pixel metrics against values worked by hand, scikit-learn, and Anomalib's own classes."""
+
+from types import SimpleNamespace
+
+import anomalib.metrics
+import pytest
+import torch
+from anomalib.metrics.pro import connected_components_cpu
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
+from anomalib_pack.metrics import pixel
+
+# Ours and Anomalib's; its AUPR is the average precision.
+PAIRS = [("AUROC", "AUROC"), ("AP", "AUPR"), ("F1Max", "F1Max"), ("AUPRO", "AUPRO")]
+
+
+def compute(metric, *batches):
+    for maps, masks in batches:
+        metric.update(SimpleNamespace(anomaly_map=maps, gt_mask=masks))
+    return metric.compute().item()
+
+
+def ours(*batches):
+    """All four metrics by name."""
+    return {name: compute(getattr(pixel, name)(), *batches) for name, _ in PAIRS}
+
+
+def stock(*batches):
+    """Anomalib's values under our names."""
+    fields = ["anomaly_map", "gt_mask"]
+    return {name: compute(getattr(anomalib.metrics, theirs)(fields=fields), *batches) for name, theirs in PAIRS}
+
+
+@pytest.fixture
+def maps_and_masks():
+    """Maps in [0, 1] of six images, with up to three regions, one of which hangs together by a corner only."""
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.zeros(6, 24, 32, dtype=torch.bool)
+    masks[1:4, 2:8, 3:14] = True
+    masks[2:5, 20:23, 25:29] = True
+    masks[2, 8:10, 14:16] = True
+    masks[4, 0, 0] = True
+    maps = 0.7 * torch.rand(6, 24, 32, generator=generator) + 0.2 * masks
+    return maps.unsqueeze(1), masks
+
+
+def test_by_hand():
+    """One region of one pixel and one of two; one of its pixels has the score of a normal one."""
+    maps = torch.tensor([[[0.9, 0.6, 0.6, 0.3, 0.8, 0.2, 0.1, 0.1]]])
+    masks = torch.tensor([[[True, False, True, True, False, False, False, False]]])
+    expected = {
+        # Normal pixels below each anomalous one: 5, 3.5 with the equal one as half, and 3, of 5.
+        "AUROC": 11.5 / 15,
+        # Precision at 0.9, 0.6 and 0.3, each of which raises recall by a third.
+        "AP": (1 / 1 + 2 / 4 + 3 / 5) / 3,
+        # At 0.3: three true and two false positives.
+        "F1Max": 2 * 3 / (5 + 3),
+        # The limit is 1.5 of 5 normal pixels. Mean overlap is 1/2 up to the first and rises to 3/4 at the second.
+        "AUPRO": (1 * 1 / 2 + 0.5 * (1 / 2 + 5 / 8) / 2) / 1.5,
+    }
+    assert ours((maps, masks)) == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize("decimals", [6, 2, 1, 0], ids=lambda decimals: f"{decimals} decimals")
+def test_as_other_libraries(decimals, maps_and_masks):
+    """The fewer decimals, the more ties; without any, scores are 0 and 1."""
+    maps, masks = maps_and_masks
+    batch = maps.round(decimals=decimals), masks
+    found = ours(batch)
+    # Anomalib adds up in float32; scikit-learn's values below are float64.
+    assert found == pytest.approx(stock(batch), abs=1e-6)
+    truth, scores = masks.flatten().numpy(), batch[0].flatten().numpy()
+    precision, recall, _ = precision_recall_curve(truth, scores)
+    assert found["AUROC"] == pytest.approx(roc_auc_score(truth, scores), abs=1e-7)
+    assert found["AP"] == pytest.approx(average_precision_score(truth, scores), abs=1e-7)
+    assert found["F1Max"] == pytest.approx((2 * precision * recall / (precision + recall + 1e-30)).max(), abs=1e-7)
+
+
+@pytest.mark.parametrize("fpr_limit", [0.001, 0.05, 0.3, 1.0])
+@pytest.mark.parametrize("decimals", [6, 1])
+def test_aupro_limits(fpr_limit, decimals, maps_and_masks):
+    maps, masks = maps_and_masks
+    batch = maps.round(decimals=decimals), masks
+    expected = compute(anomalib.metrics.AUPRO(fields=["anomaly_map", "gt_mask"], fpr_limit=fpr_limit), batch)
+    assert compute(pixel.AUPRO(fpr_limit=fpr_limit), batch) == pytest.approx(expected, abs=1e-6)
+
+
+def test_equal_scores(maps_and_masks):
+    """One threshold, which is everything or nothing."""
+    maps, masks = maps_and_masks
+    share = masks.float().mean().item()
+    expected = {"AUROC": 0.5, "AP": share, "F1Max": 2 * share / (1 + share), "AUPRO": 0.3 / 2}
+    assert ours((torch.full_like(maps, 0.4), masks)) == pytest.approx(expected, abs=1e-7)
+
+
+def test_batches_do_not_matter(maps_and_masks, monkeypatch):
+    maps, masks = maps_and_masks
+    whole = ours((maps, masks))
+    monkeypatch.setattr(pixel, "CHUNK", 1000)  # 4608 pixels in all
+    assert ours((maps, masks)) == whole
+    assert ours((maps[4:], masks[4:]), (maps[:1], masks[:1]), (maps[1:4], masks[1:4])) == whole
+    assert ours((maps.squeeze(1), masks.unsqueeze(1))) == whole
+
+
+def test_any_range_ranks(maps_and_masks):
+    """Anomalib's AUROC squashes large scores with a sigmoid, which makes them equal."""
+    maps, masks = maps_and_masks
+    large = 1024 * maps + 32  # exact in float32 for three decimals
+    small = ours((maps.round(decimals=3), masks))
+    assert ours((1024 * maps.round(decimals=3), masks)) == small
+    assert stock((large, masks))["AUROC"] == pytest.approx(0.5, abs=1e-3)
+    assert ours((-1 / large, masks)) == pytest.approx(ours((large, masks)), abs=1e-5)
+
+
+def test_infinities_and_signed_zeros():
+    inf = float("inf")
+    maps = torch.tensor([[[inf, -0.0, -inf], [0.0, -inf, inf]]])
+    masks = torch.tensor([[[True, True, True], [False, False, False]]])
+    assert compute(pixel.AUROC(), (maps, masks)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("value", "missing"), [(False, "anomalous"), (True, "normal")])
+@pytest.mark.filterwarnings("ignore:No (positive|negative) samples")
+def test_one_kind_of_pixels_only(value, missing, maps_and_masks):
+    batch = maps_and_masks[0], torch.full_like(maps_and_masks[1], value)
+    with pytest.warns(UserWarning, match=f"no {missing} pixels"):
+        found = ours(batch)
+    assert found == stock(batch)
+
+
+def test_regions_are_those_of_anomalib():
+    masks = torch.rand(4, 20, 20, generator=torch.Generator().manual_seed(0)) > 0.7
+    masks[1] = False
+    labels = connected_components_cpu(masks.unsqueeze(1).float()).squeeze(1)
+    assert torch.equal(pixel.region_areas(masks), labels.flatten().bincount()[labels[masks]].float())
+    assert pixel.region_areas(masks[1:2]).shape == (0,)
+
+
+def test_states_are_no_copies(maps_and_masks):
+    maps, masks = maps_and_masks
+    metric = pixel.AUPRO()
+    metric.update(SimpleNamespace(anomaly_map=maps, gt_mask=masks))
+    before = maps.clone()
+    metric.compute()
+    assert metric.scores[0].data_ptr() == maps.data_ptr()
+    assert metric.is_anomalous[0].data_ptr() == masks.data_ptr()
+    assert torch.equal(maps, before)
+
+
+def test_without_masks():
+    batch = SimpleNamespace(anomaly_map=torch.rand(1, 1, 4, 4), gt_mask=None)
+    metric = pixel.AUROC(strict=False)
+    metric.update(batch)
+    assert metric.compute() is None
+    with pytest.raises(ValueError, match="gt_mask"):
+        pixel.AUROC().update(batch)
+
+
+def test_nan(maps_and_masks):
+    maps, masks = maps_and_masks
+    maps[0, 0, 0, :2] = float("nan")
+    with pytest.raises(ValueError, match="2 of 4608 pixel scores are NaN"):
+        compute(pixel.AP(), (maps, masks))
+
+
+def test_other_size(maps_and_masks):
+    maps, masks = maps_and_masks
+    with pytest.raises(ValueError, match=r"must have one shape \(B, H, W\), got \(6, 1, 24, 32\) and \(6, 24, 16\)"):
+        compute(pixel.AP(), (maps, masks[..., :16]))
+
+
+@pytest.mark.parametrize("limit", [0, 1.1])
+def test_impossible_limit(limit):
+    with pytest.raises(ValueError, match=rf"fpr_limit must be in \(0, 1\], got {limit}"):
+        pixel.AUPRO(fpr_limit=limit)
