@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,16 +69,15 @@ def check_normal_validation_images(datamodule: AnomalibDataModule) -> None:
             "maps. Add some, or hold back a part of the training set with val_split_mode=from_train."
         )
         raise ValueError(msg)
-    check_readable(validation)
+    check_readable(image_paths(validation))
 
 
-def check_readable(dataset: Dataset) -> None:
-    """Decode all images of a data set once.
+def check_readable(paths: Sequence[str]) -> None:
+    """Decode images.
 
     Raises:
         ValueError: If one cannot be decoded; the message names the file.
     """
-    paths = _image_paths(dataset)
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
         for message in tqdm(pool.map(_reading_error, paths), desc="Checking images", total=len(paths), leave=False):
             if message:
@@ -91,7 +90,7 @@ def naming_unreadable_images(dataset: Dataset) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        for message in map(_reading_error, _image_paths(dataset)):
+        for message in map(_reading_error, image_paths(dataset)):
             if message:
                 raise ValueError(message) from error
         raise
@@ -111,8 +110,9 @@ def check_finite(loss: torch.Tensor, batch: ImageBatch) -> None:
         raise ValueError(msg)
 
 
-def _image_paths(dataset: Dataset) -> list[str]:
-    samples = getattr(dataset, "samples", None)  # Anomalib's data sets list their images; others may not
+def image_paths(dataset: Dataset) -> list[str]:
+    """Paths of the images of one of Anomalib's data sets; none for others."""
+    samples = getattr(dataset, "samples", None)
     return [] if samples is None else samples["image_path"].tolist()
 
 

@@ -22,7 +22,14 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torchvision.transforms.v2 import Compose, Resize
 
-from anomalib_pack.checks import check_finite, check_pre_processor, check_readable, check_training_images, require
+from anomalib_pack.checks import (
+    check_finite,
+    check_pre_processor,
+    check_readable,
+    check_training_images,
+    image_paths,
+    require,
+)
 from anomalib_pack.metrics import GroupEvaluator, default_test_metrics
 from anomalib_pack.post_processing import RankPreservingPostProcessor
 from anomalib_pack.training import ValidatesAtTheEnd
@@ -147,7 +154,7 @@ class Uniad(ValidatesAtTheEnd, AnomalibModule):
             check_training_images(datamodule)
             for subset in ("train_data", "val_data"):
                 if hasattr(datamodule, subset):
-                    check_readable(getattr(datamodule, subset))
+                    check_readable(image_paths(getattr(datamodule, subset)))
         if self.trainer.ckpt_path is None:  # a checkpoint carries the weights
             self.model.backbone.load_weights(self.weights)
         self._spread_validations()

@@ -1,4 +1,4 @@
-"""Pixel metrics against values worked by hand, scikit-learn, and Anomalib's own classes."""
+"""The pack's metrics against values worked by hand, scikit-learn, and Anomalib's own classes."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ import torch
 from anomalib.metrics.pro import connected_components_cpu
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from anomalib_pack.metrics import pixel
+from anomalib_pack.metrics import image, pixel
 
 # Ours and Anomalib's; its AUPR is the average precision.
 PAIRS = [("AUROC", "AUROC"), ("AP", "AUPR"), ("F1Max", "F1Max"), ("AUPRO", "AUPRO")]
@@ -173,3 +173,14 @@ def test_other_size(maps_and_masks):
 def test_impossible_limit(limit):
     with pytest.raises(ValueError, match=rf"fpr_limit must be in \(0, 1\], got {limit}"):
         pixel.AUPRO(fpr_limit=limit)
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
+def test_average_precision_of_images(shape):
+    """Some of Anomalib's models give scores of shape (B, 1)."""
+    scores = torch.rand(40, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) % 3 == 0
+    metric = image.AP()
+    for part in (slice(0, 17), slice(17, 40)):
+        metric.update(SimpleNamespace(pred_score=scores[part].reshape(shape), gt_label=labels[part]))
+    assert metric.compute().item() == pytest.approx(average_precision_score(labels, scores), abs=1e-6)

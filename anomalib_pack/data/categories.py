@@ -1,0 +1,235 @@
+"""Where categories come from: the folders of a data set that an Anomalib datamodule reads, or ``Folder`` datamodules.
+
+Both kinds of source say the same: the folder below which all images lie, one datamodule per category, and the folders
+of a category as the user knows them.
+"""
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import anomalib.data
+from anomalib.data import AnomalibDataModule, Folder, RealIAD, Visa
+from anomalib.data.datasets.image.autovi import CATEGORIES as AUTOVI_CATEGORIES
+from anomalib.data.utils import TestSplitMode, ValSplitMode
+
+from anomalib_pack.data.synthetic_loco import SCENES
+
+# Depth images have no place in a batch of images; Kaputt keeps its categories in tables, not in folders.
+UNUSABLE = {"ADAM3D", "Kaputt", "MVTec3D"}
+
+# Datamodules whose prepare_data gets one category only; that of all others gets the whole data set.
+SINGLY_PREPARED = {"AutoVI": AUTOVI_CATEGORIES, "SyntheticLoco": tuple(SCENES)}
+
+
+class DatasetCategories:
+    """Categories of a data set for which there is a datamodule of one category.
+
+    Args:
+        dataset: Name of the datamodule.
+        root: Folder of the data set; None means the datamodule's default.
+        categories: Names, or ``"all"`` for those that are there.
+        arguments: Further arguments of the datamodule.
+
+    Raises:
+        ValueError: If there is no such datamodule, it does not take an argument, or ``categories`` are no names.
+    """
+
+    def __init__(
+        self, dataset: str, root: str | Path | None, categories: Sequence[str] | str, arguments: Mapping[str, Any]
+    ) -> None:
+        self._class = _datamodule_class(dataset)
+        self._dataset = dataset
+        self._categories = categories if categories == "all" else _checked_names("categories", categories)
+        self._arguments = dict(arguments)
+        for name in self._arguments.keys() - _parameters(self._class):
+            msg = f"{name} is no argument of {dataset}, which has {', '.join(_parameters(self._class))}."
+            raise ValueError(msg)
+        if root is None:
+            root = self._class(**self._arguments).root
+        # Anomalib resolves symbolic links in some datamodules only. Without any, all images lie below this path.
+        self.root = os.path.realpath(root)
+
+    def prepare_data(self) -> None:
+        """Get the data set where there is none, and let the datamodule of each category do what it does.
+
+        Raises:
+            ValueError: If there are no categories in a folder that holds other files. Nothing is downloaded then.
+        """
+        if self._dataset not in SINGLY_PREPARED and not self._found():
+            datamodule = self._datamodule()
+            _check_downloadable(datamodule)
+            datamodule.prepare_data()
+        for datamodule in self.datamodules().values():
+            datamodule.prepare_data()
+
+    def datamodules(self) -> dict[str, AnomalibDataModule]:
+        """Return a new datamodule for each category.
+
+        Raises:
+            ValueError: If a category is not there, or there is none.
+        """
+        found = self._found()
+        known = SINGLY_PREPARED.get(self._dataset, ())
+        folder = _categories_folder(self._datamodule())
+        names = (found or known) if self._categories == "all" else self._categories
+        if not names:
+            msg = f"There are no categories of {self._dataset} in {folder}. Check `root`, or call prepare_data()."
+            raise ValueError(msg)
+        available = sorted({*found, *known})
+        missing = [name for name in names if name not in available]
+        if missing:
+            msg = f"categories must be among those in {folder}: {', '.join(available)}; got {', '.join(missing)}."
+            raise ValueError(msg)
+        return {name: self._datamodule(category=name) for name in names}
+
+    def folders(self, category: str) -> list[str]:
+        """Return the folder of a category."""
+        return [str(_categories_folder(self._datamodule()) / category)]
+
+    def _found(self) -> list[str]:
+        return _find_categories(self._datamodule())
+
+    def _datamodule(self, **category: str) -> AnomalibDataModule:
+        return self._class(root=self.root, **category, **self._arguments)
+
+
+class FolderCategories:
+    """Categories that are read by ``Folder`` datamodules of their own, each with the name of its datamodule.
+
+    Args:
+        folders: The datamodules, or their configurations: mappings with ``class_path`` and ``init_args``.
+        splits: Split modes, ratios and seed that all of them get.
+
+    Raises:
+        ValueError: If something else is in the list, names are equal, one has augmentations of its own, or the images
+            have no folder in common.
+    """
+
+    def __init__(self, folders: Sequence[Folder | Mapping], splits: Mapping[str, Any]) -> None:
+        datamodules = [_folder_datamodule(entry) for entry in folders]
+        names = _checked_names("dataset", [datamodule.name for datamodule in datamodules])
+        self._datamodules = dict(zip(names, datamodules, strict=True))
+        for name, datamodule in self._datamodules.items():
+            if datamodule.train_augmentations or datamodule.val_augmentations or datamodule.test_augmentations:
+                msg = (
+                    f"The Folder {name!r} has augmentations of its own. Give them to MultiCategory, for all categories."
+                )
+                raise ValueError(msg)
+            for argument, value in splits.items():
+                enum = {"test_split_mode": TestSplitMode, "val_split_mode": ValSplitMode}.get(argument)
+                setattr(datamodule, argument, enum(value) if enum else value)
+        self.root = _common_folder([folder for name in names for folder in self.folders(name)])
+
+    def prepare_data(self) -> None:
+        """Nothing is to be got."""
+
+    def datamodules(self) -> dict[str, AnomalibDataModule]:
+        """Return the datamodule of each category."""
+        return self._datamodules
+
+    def folders(self, category: str) -> list[str]:
+        """Return the folders with images of a category, normal and anomalous."""
+        datamodule = self._datamodules[category]
+        paths = []
+        for folder in (datamodule.normal_dir, datamodule.abnormal_dir, datamodule.normal_test_dir):
+            if isinstance(folder, str | os.PathLike):
+                paths.append(folder)
+            elif folder is not None:
+                paths.extend(folder)
+        # As Path.resolve, but without following the links by which the user has named the folders.
+        return [os.path.abspath(Path(datamodule.root or "", path)) for path in paths]  # noqa: PTH100
+
+
+def _find_categories(datamodule: AnomalibDataModule) -> list[str]:
+    """Return the names of the categories that are there, in order.
+
+    A category is a folder with a folder ``train`` in it. Real-IAD lists the images of a category in a file instead:
+    there it is a folder for which there is such a file.
+    """
+    folder = _categories_folder(datamodule)
+    if not folder.is_dir():
+        return []
+    if isinstance(datamodule, RealIAD):
+        pattern = str(datamodule.json_path)
+        return sorted(
+            path.name for path in folder.iterdir() if (datamodule.root / pattern.format(category=path.name)).is_file()
+        )
+    return sorted(path.name for path in folder.iterdir() if (path / "train").is_dir())
+
+
+def _categories_folder(datamodule: AnomalibDataModule) -> Path:
+    """Folder that holds one folder per category."""
+    if isinstance(datamodule, Visa):
+        return datamodule.split_root
+    if isinstance(datamodule, RealIAD):
+        return datamodule.root / f"realiad_{datamodule.resolution}"
+    return datamodule.root
+
+
+def _check_downloadable(datamodule: AnomalibDataModule) -> None:
+    """Keep a wrong path from starting a download of gigabytes into it."""
+    root = datamodule.root
+    # VisA without its split has the folder of a category, from which the datamodule makes what is missing.
+    if root.is_dir() and any(root.iterdir()) and not (root / datamodule.category).is_dir():
+        msg = (
+            f"{root} holds files, but there are no categories in {_categories_folder(datamodule)} as {datamodule.name} "
+            "has them. Correct `root`, or give a new or empty folder to get the data set into."
+        )
+        raise ValueError(msg)
+
+
+def _datamodule_class(name: str) -> type[AnomalibDataModule]:
+    usable = {
+        key: value
+        for key, value in vars(anomalib.data).items()
+        if key not in UNUSABLE
+        and inspect.isclass(value)
+        and issubclass(value, AnomalibDataModule)
+        and {"root", "category"} <= _parameters(value).keys()
+    }
+    if name not in usable:
+        msg = f"dataset must be one of {', '.join(sorted(usable))}, or a list of Folder, got {name!r}."
+        raise ValueError(msg)
+    return usable[name]
+
+
+def _parameters(datamodule: type[AnomalibDataModule]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(datamodule).parameters
+
+
+def _folder_datamodule(entry: Folder | Mapping) -> Folder:
+    # `anomalib benchmark` hands over configurations as they are.
+    if isinstance(entry, Mapping) and str(entry.get("class_path", "")).split(".")[-1] == "Folder":
+        return Folder(**entry.get("init_args", {}))
+    if not isinstance(entry, Folder):
+        msg = f"dataset must be the name of a datamodule or a list of Folder, got {entry!r} in the list."
+        raise ValueError(msg)  # noqa: TRY004  # as for all other arguments
+    return entry
+
+
+def _checked_names(argument: str, names: Sequence[str]) -> list[str]:
+    """List of one or more different names."""
+    if isinstance(names, str) or not names or not all(isinstance(name, str) and name for name in names):
+        msg = f"{argument} must be 'all' or a list of names, got {names!r}. Numbers have to be quoted."
+        raise ValueError(msg)
+    if len(set(names)) < len(names):
+        msg = f"{argument} must have different names, got {', '.join(names)}."
+        raise ValueError(msg)
+    return list(names)
+
+
+def _common_folder(folders: Sequence[str]) -> str:
+    try:
+        common = os.path.commonpath(folders)
+    except ValueError:  # different drives
+        common = ""
+    if not Path(common).name:
+        msg = (
+            f"dataset must have a folder that holds all images, but {', '.join(folders)} have none in common. Result "
+            "pictures are filed by the path below it. Make a folder with links to these folders, and give the links."
+        )
+        raise ValueError(msg)
+    return common

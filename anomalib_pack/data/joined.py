@@ -1,0 +1,97 @@
+"""One dataset made of the datasets of several categories."""
+
+import os
+from collections.abc import Callable
+
+import pandas as pd
+from anomalib import TaskType
+from anomalib.data.datasets.base import AnomalibDataset
+from lightning.pytorch.utilities import rank_zero_warn
+from pandas import DataFrame
+from torchvision.transforms.v2 import Transform
+
+from anomalib_pack.data.grouped import GroupedImageBatch, GroupedImageItem
+
+
+class MultiCategoryDataset(AnomalibDataset):
+    """Images of several categories, read by the datasets of the categories.
+
+    Every item is a :class:`~anomalib_pack.data.GroupedImageItem` whose ``group`` is the category. ``samples`` has the
+    columns that the categories' samples share, and ``group``. A batch has masks for all its images or for none: if some
+    categories have no masks, those of the others are left out, with a warning.
+
+    Args:
+        parts: Dataset of each category.
+        links: For each category, folders by the path that the images have in ``parts``, and the path that they get.
+            Anomalib resolves symbolic links, and names result pictures by what lies below the root of the data.
+    """
+
+    def __init__(self, parts: dict[str, AnomalibDataset], links: dict[str, dict[str, str]]) -> None:
+        self.parts = parts
+        super().__init__()
+        frames = [_part_samples(name, part, links.get(name, {})) for name, part in parts.items()]
+        # Not through the setter, which would look for each file again.
+        self._samples = pd.concat(frames, ignore_index=True, join="inner")
+        self._samples.attrs["task"] = _joint_task(parts).value
+
+    def __getitem__(self, index: int) -> GroupedImageItem:
+        """Read an image and its mask.
+
+        Raises:
+            OSError: If the image or its mask cannot be read; the message names the image.
+        """
+        sample = self.samples.iloc[index]
+        try:
+            item = self.parts[sample.group][sample.row]
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow names no file
+            msg = f"Cannot read {sample.image_path} or its mask: {error}. Replace the file, or remove it from the data."
+            raise OSError(msg) from error
+        return GroupedImageItem(
+            image=item.image,
+            gt_mask=item.gt_mask if self.task == TaskType.SEGMENTATION else None,
+            gt_label=item.gt_label,
+            image_path=sample.image_path,
+            mask_path=item.mask_path or "",
+            group=sample.group,
+        )
+
+    @property
+    def augmentations(self) -> Transform | None:
+        """Augmentations of all categories."""
+        return self._augmentations
+
+    @augmentations.setter
+    def augmentations(self, augmentations: Transform | None) -> None:
+        self._augmentations = augmentations
+        for part in self.parts.values():
+            part.augmentations = augmentations
+
+    @property
+    def collate_fn(self) -> Callable:
+        """The collate function, which keeps the groups."""
+        return GroupedImageBatch.collate
+
+
+def _part_samples(category: str, part: AnomalibDataset, links: dict[str, str]) -> DataFrame:
+    """Samples of a category with its name, and with the position of each image in the category's dataset."""
+    # From a missing path pandas 3 makes NaN, which the items refuse.
+    part.samples["mask_path"] = part.samples["mask_path"].fillna("")
+    samples = part.samples.assign(group=category, row=range(len(part)))
+    for folder, link in links.items():
+        if folder != link:
+            samples["image_path"] = [
+                link + path[len(folder) :] if path.startswith(folder + os.sep) else path for path in samples.image_path
+            ]
+    return samples
+
+
+def _joint_task(parts: dict[str, AnomalibDataset]) -> TaskType:
+    without = [name for name, part in parts.items() if part.task == TaskType.CLASSIFICATION]
+    if not without:
+        return TaskType.SEGMENTATION
+    if len(without) < len(parts):
+        rank_zero_warn(
+            f"The categories {', '.join(without)} have no masks. The masks of the other categories are left out, and "
+            "with them the pixel metrics: a batch has masks for all its images or for none."
+        )
+    return TaskType.CLASSIFICATION
