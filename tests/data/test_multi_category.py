@@ -622,7 +622,7 @@ def test_folders_in_the_configuration_of_a_benchmark(root):
 
 def test_two_processes_give_what_one_gives(root, tmp_path):
     command = [sys.executable, multi_category_ddp_run.__file__, root, tmp_path, "2"]
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([*map(str, Path(__file__).parents[1:3]), os.environ.get("PYTHONPATH", "")])
     subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, check=True, capture_output=True, timeout=300)
     two = json.loads((tmp_path / "results.json").read_text())
     one, _ = multi_category_ddp_run.run(root, tmp_path / "one", 1)

@@ -278,7 +278,7 @@ def test_unknown_grouping():
 def test_two_processes_give_what_one_gives(images, tmp_path):
     """Each with an odd number of images, of which the distributed sampler repeats one."""
     command = [sys.executable, Path(__file__).with_name("ddp_run.py"), images, tmp_path, "2"]
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([*map(str, Path(__file__).parents[1:3]), os.environ.get("PYTHONPATH", "")])
     subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, check=True, capture_output=True, timeout=300)
     two = json.loads((tmp_path / "results.json").read_text())
     one = {mode: ddp_run.run(images, tmp_path / "one", 1, mode)[0] for mode in ("from_train", "same_as_test")}
