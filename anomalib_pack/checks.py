@@ -66,7 +66,7 @@ def check_normal_validation_images(datamodule: AnomalibDataModule) -> None:
     if validation is None or len(validation) == 0 or not validation.has_normal:
         msg = (
             f"The validation set of {_where(datamodule)} has no normal images, which are needed to normalise anomaly "
-            "maps. Add some, or hold back a part of the training set with val_split_mode=from_train."
+            "maps and scores. Add some, or hold back a part of the training set with val_split_mode=from_train."
         )
         raise ValueError(msg)
     check_readable(image_paths(validation))

@@ -24,6 +24,7 @@ from torchvision.transforms.v2 import Compose, Resize
 
 from anomalib_pack.checks import (
     check_finite,
+    check_normal_validation_images,
     check_pre_processor,
     check_readable,
     check_training_images,
@@ -152,9 +153,8 @@ class Uniad(ValidatesAtTheEnd, AnomalibModule):
         datamodule = self.trainer.datamodule
         if isinstance(datamodule, AnomalibDataModule):
             check_training_images(datamodule)
-            for subset in ("train_data", "val_data"):
-                if hasattr(datamodule, subset):
-                    check_readable(image_paths(getattr(datamodule, subset)))
+            check_normal_validation_images(datamodule)
+            check_readable(image_paths(datamodule.train_data))
         if self.trainer.ckpt_path is None:  # a checkpoint carries the weights
             self.model.backbone.load_weights(self.weights)
         self._spread_validations()

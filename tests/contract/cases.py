@@ -92,7 +92,6 @@ CASES = {
         progress=("Checking images",),
         refused_size=(12, 224),  # lower than the window of the image score's pooling
         other_size=(128, 192),
-        xfail={"test_validation_without_normal_images": "UniAD measures nothing on validation images"},
     ),
 }
 
