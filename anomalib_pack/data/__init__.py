@@ -2,8 +2,12 @@
 
 Map::
 
+    aebad.py            AeBAD-S, group by domain
     cifar10.py          CIFAR-10, five classes normal and five anomalous
+    goods_ad.py         GoodsAD
     grouped.py          image and batch with the group they belong to
+    image_files.py      listing and reading, with errors that name the file
+    masked.py           dataset of images with masks, and MVTec AD's layout
     multi_category.py   several categories of any data set for one model, group by category, from
         categories.py       where categories come from
         joined.py           one dataset made of those of the categories
@@ -13,9 +17,12 @@ Map::
         parts.py            surfaces of small parts
         defects.py          names of defects, and structural damage
         rendering.py        canvas, light and camera
+    validation.py       datamodules whose data set has no validation images
 """
 
+from anomalib_pack.data.aebad import AeBAD, AeBADDataset
 from anomalib_pack.data.cifar10 import CIFAR10Unified, CIFAR10UnifiedDataset
+from anomalib_pack.data.goods_ad import GoodsAD, GoodsADDataset
 from anomalib_pack.data.grouped import GroupedImageBatch, GroupedImageItem
 from anomalib_pack.data.joined import MultiCategoryDataset
 from anomalib_pack.data.multi_category import MultiCategory
@@ -23,8 +30,12 @@ from anomalib_pack.data.mvtec_loco import MVTecLoco, MVTecLocoDataset
 from anomalib_pack.data.synthetic_loco import SyntheticLoco
 
 __all__ = [
+    "AeBAD",
+    "AeBADDataset",
     "CIFAR10Unified",
     "CIFAR10UnifiedDataset",
+    "GoodsAD",
+    "GoodsADDataset",
     "GroupedImageBatch",
     "GroupedImageItem",
     "MVTecLoco",

@@ -12,6 +12,7 @@ from typing import Any
 
 import anomalib.data
 from anomalib.data import AnomalibDataModule, Folder, RealIAD, Visa
+from anomalib.data.datamodules.base import AnomalibVideoDataModule
 from anomalib.data.datasets.image.autovi import CATEGORIES as AUTOVI_CATEGORIES
 from anomalib.data.utils import TestSplitMode, ValSplitMode
 
@@ -188,6 +189,7 @@ def _datamodule_class(name: str) -> type[AnomalibDataModule]:
         if key not in UNUSABLE
         and inspect.isclass(value)
         and issubclass(value, AnomalibDataModule)
+        and not issubclass(value, AnomalibVideoDataModule)
         and {"root", "category"} <= _parameters(value).keys()
     }
     if name not in usable:

@@ -18,13 +18,15 @@ from anomalib.data import AnomalibDataModule, ImageItem
 from anomalib.data.datasets.base import AnomalibDataset
 from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode, read_image
 from anomalib.utils.path import resolve_dataset_root
-from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from pandas import DataFrame
 from rich.progress import track
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2 import Transform
 from torchvision.transforms.v2.functional import resize
+
+from anomalib_pack.data.image_files import read
+from anomalib_pack.data.validation import OptionalValidation
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,9 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 # Beside torchvision's "cifar-10-batches-py".
 IMAGE_FOLDER = "cifar-10-png"
+
+# For an image that cannot be read.
+REMEDY = f"Delete its folder {IMAGE_FOLDER}, and run again to have it written anew."
 
 
 class CIFAR10UnifiedDataset(AnomalibDataset):
@@ -75,7 +80,7 @@ class CIFAR10UnifiedDataset(AnomalibDataset):
             OSError: If the image cannot be read.
         """
         sample = self.samples.iloc[index]
-        image = resize(_read(sample.image_path), self.image_size)
+        image = resize(read(read_image, sample.image_path, REMEDY), self.image_size)
         if self.augmentations:
             image = self.augmentations(image)
         return ImageItem(image=image, gt_label=torch.tensor(sample.label_index), image_path=sample.image_path)
@@ -124,16 +129,7 @@ def _image_files(root: Path, split: Split, name: str) -> list[Path]:
     return paths
 
 
-def _read(path: str) -> torch.Tensor:
-    # Pillow raises SyntaxError for a broken chunk and ValueError for a broken header, and names no file.
-    try:
-        return read_image(path, as_tensor=True)
-    except (OSError, SyntaxError, ValueError) as error:
-        msg = f"Cannot read {path}: {error}. Delete its folder {IMAGE_FOLDER}, and run again to have it written anew."
-        raise OSError(msg) from error
-
-
-class CIFAR10Unified(AnomalibDataModule):
+class CIFAR10Unified(OptionalValidation, AnomalibDataModule):
     """CIFAR-10 with five normal and five anomalous classes.
 
     The training set has the 25 000 training images of the normal classes, less those that validation takes; the test
@@ -234,13 +230,6 @@ class CIFAR10Unified(AnomalibDataModule):
                 # Another process may have been faster; it wrote the same images.
                 if not folder.is_dir():
                     raise
-
-    def val_dataloader(self) -> EVAL_DATALOADERS:
-        """Get the validation dataloader; without a validation set an empty list, for which Lightning skips validation.
-
-        Anomalib's own raises an AttributeError then.
-        """
-        return [] if self.val_split_mode == ValSplitMode.NONE else super().val_dataloader()
 
     def _setup(self, _stage: str | None = None) -> None:
         """List the images of both splits; Anomalib's base class then applies the split mode."""

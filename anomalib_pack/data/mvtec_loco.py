@@ -8,21 +8,18 @@ pandas 3, downloads the data set, and says which file is wrong when one is.
 """
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from anomalib.data.datamodules.image.mvtec_loco import MVTecLOCO
-from anomalib.data.datasets.base import AnomalibDataset
 from anomalib.data.datasets.image.mvtec_loco import CATEGORIES, DOWNLOAD_INFO, IMG_EXTENSIONS
-from anomalib.data.utils import LabelName, Split, ValSplitMode, download_and_extract, read_image, read_mask
+from anomalib.data.utils import LabelName, Split, ValSplitMode, download_and_extract
 from anomalib.data.utils.download import generate_hash
 from anomalib.utils.path import resolve_dataset_root
 from pandas import DataFrame
 from torchvision.transforms.v2 import Transform
-from torchvision.tv_tensors import Mask
 
-from anomalib_pack.data.grouped import GroupedImageBatch, GroupedImageItem
+from anomalib_pack.data.image_files import list_images, list_split
+from anomalib_pack.data.masked import MaskedImageDataset
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +27,7 @@ logger = logging.getLogger(__name__)
 SPLIT_FOLDERS = {Split.TRAIN: "train", Split.VAL: "validation", Split.TEST: "test"}
 
 
-class MVTecLocoDataset(AnomalibDataset):
+class MVTecLocoDataset(MaskedImageDataset):
     """One category of MVTec LOCO, or of any data set in its folder format.
 
     Every item is a :class:`~anomalib_pack.data.GroupedImageItem`: ``group`` is the name of the image's folder
@@ -62,35 +59,10 @@ class MVTecLocoDataset(AnomalibDataset):
         self.split = split
         self.samples = make_dataset(self.root_category, split)
 
-    def __getitem__(self, index: int) -> GroupedImageItem:
-        """Read an image and the union of its masks.
-
-        Raises:
-            OSError: If the image or one of its masks cannot be read.
-            ValueError: If the size of a mask is not that of the image.
-        """
-        sample = self.samples.iloc[index]
-        image = _read(read_image, sample.image_path)
-        union = torch.zeros(image.shape[-2:], dtype=torch.bool)
-        if sample.label_index == LabelName.ABNORMAL:
-            for path in _image_files(Path(sample.mask_path)):
-                union |= _read_mask_of_size(path, union.shape)
-        mask = Mask(union)  # augmentations leave plain tensors alone
-        if self.augmentations:
-            image, mask = self.augmentations(image, mask)
-        return GroupedImageItem(
-            image=image,
-            gt_mask=mask,
-            gt_label=torch.tensor(sample.label_index),
-            image_path=sample.image_path,
-            mask_path=sample.mask_path,
-            group=sample.group,
-        )
-
-    @property
-    def collate_fn(self) -> Callable:
-        """The collate function, which keeps the groups."""
-        return GroupedImageBatch.collate
+    @staticmethod
+    def mask_files(mask_path: Path) -> list[Path]:
+        """List the files in the folder of masks, one per defect."""
+        return list_images(mask_path, IMG_EXTENSIONS)
 
 
 def make_dataset(root_category: Path, split: str | Split | None = None) -> DataFrame:
@@ -117,23 +89,13 @@ def make_dataset(root_category: Path, split: str | Split | None = None) -> DataF
 
 
 def _split_rows(root_category: Path, split: Split) -> list[dict]:
-    folder = root_category / SPLIT_FOLDERS[split]
-    if not folder.is_dir():
-        msg = f"There is no folder {folder}. Check `root` and `category`, or call prepare_data() to get the data set."
-        raise FileNotFoundError(msg)
-    rows = [
-        _row(root_category, split, label_folder, image_path)
-        for label_folder in sorted(path for path in folder.iterdir() if path.is_dir())
-        for image_path in _image_files(label_folder)
-    ]
-    if not rows:
-        msg = f"There are no images in {folder}/*/: files named *{' or *'.join(IMG_EXTENSIONS)} are expected there."
-        raise RuntimeError(msg)
-    return rows
+    remedy = "Check `root` and `category`, or call prepare_data() to get the data set."
+    paths = list_split(root_category / SPLIT_FOLDERS[split], IMG_EXTENSIONS, remedy)
+    return [_row(root_category, split, path) for path in paths]
 
 
-def _row(root_category: Path, split: Split, label_folder: Path, image_path: Path) -> dict:
-    label = label_folder.name
+def _row(root_category: Path, split: Split, image_path: Path) -> dict:
+    label = image_path.parent.name
     is_good = label == "good"
     return {
         "path": str(root_category),
@@ -148,34 +110,13 @@ def _row(root_category: Path, split: Split, label_folder: Path, image_path: Path
 
 def _mask_folder(root_category: Path, label: str, image_path: Path) -> Path:
     folder = root_category / "ground_truth" / label / image_path.stem
-    if not folder.is_dir() or not _image_files(folder):
+    if not folder.is_dir() or not list_images(folder, IMG_EXTENSIONS):
         msg = (
             f"The anomalous image {image_path} has no masks: {folder} is missing or empty. "
             "Restore that folder (one PNG per defect), or remove the image."
         )
         raise RuntimeError(msg)
     return folder
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in IMG_EXTENSIONS)
-
-
-def _read(reader: Callable, path: str | Path) -> torch.Tensor:
-    # Pillow raises SyntaxError for a broken chunk and ValueError for a broken header, and names no file.
-    try:
-        return reader(path, as_tensor=True)
-    except (OSError, SyntaxError, ValueError) as error:
-        msg = f"Cannot read {path}: {error}. Replace the file, or remove it from the data set."
-        raise OSError(msg) from error
-
-
-def _read_mask_of_size(path: Path, size: torch.Size) -> torch.Tensor:
-    mask = _read(read_mask, path)
-    if mask.shape != size:
-        msg = f"The mask {path} has size {tuple(mask.shape)} (height, width), its image has {tuple(size)}."
-        raise ValueError(msg)
-    return mask.bool()
 
 
 class MVTecLoco(MVTecLOCO):

@@ -315,6 +315,7 @@ def test_wrong_root_gets_no_download(tmp_path):
     [
         ({"dataset": "MVTec"}, "dataset must be one of .*MPDD, MVTecAD, .*Visa, or a list of Folder, got 'MVTec'"),
         ({"dataset": "Kaputt"}, "dataset must be one of"),
+        ({"dataset": "UCSDped"}, "dataset must be one of"),  # videos
         ({"dataset": "MVTecAD", "categories": "bottle"}, "categories must be 'all' or a list of names, got 'bottle'"),
         ({"dataset": "BTech", "categories": [1, 2]}, r"categories must be .* got \[1, 2\]. Numbers have to be quoted"),
         ({"dataset": "MVTecAD", "categories": []}, r"categories must be .* got \[\]"),
