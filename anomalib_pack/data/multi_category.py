@@ -24,12 +24,13 @@ from torchvision.transforms.v2 import Transform
 
 from anomalib_pack.data.categories import DatasetCategories, FolderCategories
 from anomalib_pack.data.joined import MultiCategoryDataset
+from anomalib_pack.data.validation import OptionalValidation
 from anomalib_pack.metrics import GroupEvaluator, default_test_metrics
 
 logger = logging.getLogger(__name__)
 
 
-class MultiCategory(AnomalibDataModule):
+class MultiCategory(OptionalValidation, AnomalibDataModule):
     """Several categories of a data set for one model, with metrics per category.
 
     Training images of all categories are shuffled together, each as likely as any other; the model is not told the

@@ -33,6 +33,12 @@ from anomalib_pack.metrics.samples import copied, select, unpadded_count
 
 EVERY_GROUP = ""  # Group of the images that belong to every group.
 
+# The metrics whose mean is mAD: MiniMaxAD: A Lightweight Autoencoder for Feature-Rich Anomaly Detection, Sec. 4.1.
+MAD_METRICS = (
+    *("image_AUROC", "image_AP", "image_F1Max"),
+    *("pixel_AUROC", "pixel_AP", "pixel_F1Max", "pixel_AUPRO"),
+)
+
 
 def default_test_metrics() -> list[AnomalibMetric]:
     """AUROC, AP, F1-max and F1 score of images and pixels, and the pixel AUPRO.
@@ -60,6 +66,9 @@ class GroupEvaluator(Evaluator):
     (``image_AUROC_logical_anomalies``, ``image_AUROC_mean``). With groups, a table is printed and written to
     ``metrics.csv`` in the trainer's ``default_root_dir``. A group without normal or without anomalous images is left
     out with a warning. Several processes give the values of one: every image counts once.
+
+    ``mAD`` is the unweighted mean of AUROC, AP and F1-max of images and pixels and the pixel AUPRO, by their names in
+    ``default_test_metrics``; without one of them it is not reported.
 
     Args:
         val_metrics: Validation metrics, as in Anomalib's ``Evaluator``.
@@ -139,7 +148,7 @@ class GroupEvaluator(Evaluator):
         """Compute, log, print and write the metrics."""
         groups = self._reported_groups(trainer)
         device = self._store_device(trainer, pl_module)
-        rows = {group: self._values(group, device) for group in ("", *groups)}
+        rows = {group: with_mad(self._values(group, device)) for group in ("", *groups)}
         self._store.clear()
         if groups:
             rows["mean"] = mean_row([rows[group] for group in groups])
@@ -221,6 +230,13 @@ def _members(samples: SimpleNamespace, group: str) -> Tensor:
     return torch.tensor([group in {"", name} or name == EVERY_GROUP for name in samples.group], dtype=torch.bool)
 
 
+def with_mad(row: dict[str, float]) -> dict[str, float]:
+    """The row and ``mAD``, the unweighted mean of ``MAD_METRICS``; without it if one of them is missing."""
+    if not row.keys() >= set(MAD_METRICS):
+        return row
+    return row | {"mAD": fmean(row[name] for name in MAD_METRICS)}
+
+
 def mean_row(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     """Unweighted mean of each metric over the rows that have it."""
     names = dict.fromkeys(name for row in rows for name in row)
@@ -233,14 +249,15 @@ def rich_table(rows: dict[str, dict[str, float]]) -> Table:
     It has no overall row, which papers do not have either; Lightning prints those values.
     """
     names = list(rows[""])
-    # Headers of two lines, so that nine metrics and MVTec AD's categories fit in 80 columns. Longer groups wrap.
+    # Headers of two lines and one space between columns, so that ten values and MVTec AD's categories fit in 80
+    # columns. Longer groups wrap.
     headers = [Column(name.replace("_", "\n", 1), justify="right", vertical="bottom", no_wrap=True) for name in names]
     table = Table(
         Column("group", vertical="bottom"),
         *headers,
         title="Test metrics per group, in %",
         box=box.HORIZONTALS,
-        padding=(0, 1, 0, 0),
+        padding=0,
         pad_edge=False,
     )
     groups = [group for group in rows if group]

@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import RandomHorizontalFlip
 from anomalib_pack.data import GroupedImageBatch, GroupedImageItem, MultiCategory, MVTecLoco
 from anomalib_pack.metrics import GroupEvaluator, default_test_metrics
 
-NAMES = [metric.name for metric in default_test_metrics()]
+NAMES = [*(metric.name for metric in default_test_metrics()), "mAD"]
 
 
 def write_images(folder, count, defect=False, size=32, masks=None):
@@ -112,6 +112,14 @@ def test_each_category_is_split_as_alone(root, splits):
         assert paths_by_group(joined) == expected
         assert joined.samples.index.is_unique
         assert len(joined) == sum(map(len, expected.values()))
+
+
+def test_no_validation(root):
+    """Lightning skips validation for an empty list of loaders; Anomalib's datamodules fail instead."""
+    datamodule = products(root, val_split_mode="none")
+    datamodule.setup()
+    assert datamodule.val_dataloader() == []
+    assert len(datamodule.train_dataloader().dataset) > 0
 
 
 def test_training_takes_every_image_once_in_mixed_order(root):

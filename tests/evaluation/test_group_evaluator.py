@@ -21,14 +21,15 @@ from tiny_model import RawScores, TinyModel
 from torch.utils.data import DataLoader
 
 from anomalib_pack.metrics import GroupEvaluator, default_test_metrics, pixel
-from anomalib_pack.metrics.group_evaluator import rich_table
+from anomalib_pack.metrics.group_evaluator import rich_table, with_mad
 from anomalib_pack.metrics.roc import roc_corners
 from anomalib_pack.post_processing import RankPreservingPostProcessor
 
-DEFAULT_NAMES = [
+METRIC_NAMES = [
     *("image_AUROC", "image_AP", "image_F1Max", "image_F1Score"),
     *("pixel_AUROC", "pixel_AP", "pixel_F1Max", "pixel_F1Score", "pixel_AUPRO"),
 ]
+DEFAULT_NAMES = [*METRIC_NAMES, "mAD"]
 
 
 def mvtec(images, val_split_mode="from_train"):
@@ -143,7 +144,7 @@ def test_overall_is_that_of_the_stock_evaluator(by_folder, images, tmp_path):
     test_metrics = [*default_test_metrics(), *(metric(**maps) for metric in theirs.values())]
     model = tiny_model(RankPreservingPostProcessor(), Evaluator(test_metrics=test_metrics))
     stock, _, _ = train_and_test(model, mvtec(images), tmp_path)
-    for name in DEFAULT_NAMES:
+    for name in METRIC_NAMES:
         assert stock[name] == by_folder[0][name]
     for name, metric in theirs.items():
         assert stock[f"stock_{metric.__name__}"] == pytest.approx(by_folder[0][name], abs=1e-6)
@@ -158,6 +159,23 @@ def test_pixels_are_sorted_once_for_all_metrics(images, tmp_path, monkeypatch):
     metrics, _, _ = train_and_test(tiny_model(RankPreservingPostProcessor(), evaluator), mvtec(images), tmp_path)
     assert len(lengths) == 6
     assert metrics["mask_AUROC_hole"] != metrics["pixel_AUROC_hole"]
+
+
+def test_mad_is_the_mean_of_seven_metrics(by_folder):
+    metrics = by_folder[0]
+    for end in ("", "_hole", "_stain", "_mean"):
+        seven = [metrics[f"{name}{end}"] for name in METRIC_NAMES if not name.endswith("F1Score")]
+        assert len(seven) == 7
+        assert metrics[f"mAD{end}"] == pytest.approx(np.mean(seven), abs=1e-6)
+
+
+def test_mad_of_a_published_row():
+    """MiniMaxAD on MVTec AD, multi-class, in Table 3 of its paper; F1 scores at a threshold do not count."""
+    image = {"image_AUROC": 98.8, "image_AP": 99.6, "image_F1Max": 97.7}
+    row = image | {"pixel_AUROC": 96.1, "pixel_AP": 58.5, "pixel_F1Max": 59.5, "pixel_AUPRO": 92.2}
+    assert round(with_mad({"image_F1Score": 1.0} | row)["mAD"], 1) == 86.1
+    for name in row:
+        assert "mAD" not in with_mad({other: value for other, value in row.items() if other != name})
 
 
 def test_csv(by_folder):
@@ -211,13 +229,13 @@ def test_metrics_of_the_user_per_group(images, tmp_path, capsys):
 
 
 def test_table_fits_a_narrow_terminal(capsys):
-    """Nine metrics of MVTec AD's longest categories in 80 columns; the groups of MVTec LOCO wrap between words."""
+    """Ten values of MVTec AD's longest categories in 80 columns; the groups of MVTec LOCO wrap between words."""
     row = dict.fromkeys(DEFAULT_NAMES, 0.98765) | {"image_AUROC": 1.0}
     rows = dict.fromkeys(("", "metal_nut", "toothbrush", "transistor", "mean"), row)
     Console(width=80).print(rich_table(rows))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    values = ["100.0", *["98.8"] * 8]
-    assert [name.partition("_")[2] for name in DEFAULT_NAMES] == lines[3][1:]
+    values = ["100.0", *["98.8"] * 9]
+    assert [name.split("_")[-1] for name in DEFAULT_NAMES] == lines[3][1:]
     assert [line for line in lines if line[-1] == "98.8"] == [
         ["metal", "nut", *values],
         ["toothbrush", *values],
