@@ -12,8 +12,9 @@ demo: $(READY)
 	@echo
 	@echo "Heat maps: results/Ulsad/SyntheticLoco/tray/latest/images/ (folders good, logical_anomalies, structural_anomalies)"
 
+# Two processes with one thread each: most tests start programs that import for seconds, which threads do not speed up.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 lint: $(READY)
 	$(BIN)/ruff check .
