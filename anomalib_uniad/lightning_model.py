@@ -5,7 +5,6 @@ Paper: You et al., "A Unified Model for Multi-class Anomaly Detection", NeurIPS 
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,17 +32,14 @@ from anomalib_pack.checks import (
 )
 from anomalib_pack.metrics import GroupEvaluator, default_test_metrics
 from anomalib_pack.post_processing import RankPreservingPostProcessor
-from anomalib_pack.training import ValidatesAtTheEnd
+from anomalib_pack.training import ValidatesAtTheEnd, spread_validations
 
 from .loss import UniadLoss
 from .torch_model import UniadModel
 
-logger = logging.getLogger(__name__)
-
 LR_DROP = 0.8  # share of the training after which the learning rate drops: epoch 800 of 1000 (Sec. 4.2)
 LR_DROP_FACTOR = 0.1  # Sec. 4.2
 GRADIENT_NORM = 0.1  # published code
-VALIDATIONS = 20  # ours: in a whole training, where the user sets no interval
 
 
 class Uniad(ValidatesAtTheEnd, AnomalibModule):
@@ -157,14 +153,7 @@ class Uniad(ValidatesAtTheEnd, AnomalibModule):
             check_readable(image_paths(datamodule.train_data))
         if self.trainer.ckpt_path is None:  # a checkpoint carries the weights
             self.model.backbone.load_weights(self.weights)
-        self._spread_validations()
-
-    def _spread_validations(self) -> None:
-        # Not in trainer_arguments: what stands there overrides the user's own --trainer.check_val_every_n_epoch.
-        every = self.trainer.max_epochs // VALIDATIONS
-        if self.trainer.check_val_every_n_epoch == 1 and every > 1:  # 1 is Lightning's default
-            logger.info("check_val_every_n_epoch was not set: validating every %d epochs and after the last.", every)
-            self.trainer.check_val_every_n_epoch = every
+        spread_validations(self.trainer)
 
     def on_train_start(self) -> None:
         """Leave eval mode, in which Lightning would train a restored model: without jittering and dropout."""

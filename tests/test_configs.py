@@ -32,6 +32,8 @@ def test_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def holds(parsed: object, given: object) -> bool:
     """The given value, to whose mappings the parser may have added defaults."""
+    if isinstance(given, list):
+        return isinstance(parsed, list) and len(parsed) == len(given) and all(map(holds, parsed, given))
     if isinstance(given, dict):
         return isinstance(parsed, dict) and all(holds(parsed.get(key), value) for key, value in given.items())
     return parsed == given

