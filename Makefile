@@ -13,8 +13,9 @@ demo: $(READY)
 	@echo "Heat maps: results/Ulsad/SyntheticLoco/tray/latest/images/ (folders good, logical_anomalies, structural_anomalies)"
 
 # Two processes with one thread each: most tests start programs that import for seconds, which threads do not speed up.
+# Whole files go to a process, because their tests share costly fixtures.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -8,18 +8,6 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub fails at once instead of waiting
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in its own hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests that share a costly fixture in one of the processes that run side by side.
-
-    These are the tests of a file and, in the contract suite, those of a model.
-    """
-    for item in items:
-        model = getattr(item, "callspec", None) and item.callspec.params.get("name")
-        group = f"contract {model}" if "contract" in item.path.parts else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def loco_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root of a small rendered data set in MVTec LOCO's format, category ``tray``.

