@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
@@ -19,18 +18,9 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torchvision.transforms.v2 import Compose, Resize
 
-from anomalib_pack.checks import (
-    check_finite,
-    check_normal_validation_images,
-    check_pre_processor,
-    check_readable,
-    check_training_images,
-    image_paths,
-    require,
-)
-from anomalib_pack.metrics import GroupEvaluator, default_test_metrics
+from anomalib_pack.checks import check_data, check_finite, check_pre_processor, require
+from anomalib_pack.defaults import OneClassDefaults
 from anomalib_pack.passes import share_buffers
-from anomalib_pack.post_processing import RankPreservingPostProcessor
 from anomalib_pack.training import ValidatesAtTheEnd, spread_validations, train_for_paper_epochs
 
 from .loss import MiniMaxAdLoss
@@ -42,7 +32,7 @@ PAPER_EPOCHS = 160  # Sec. 4.1, MVTec AD and VisA with all classes; other data s
 LR_DECAY = 0.995  # for each epoch, Sec. 4.1
 
 
-class MiniMaxAd(ValidatesAtTheEnd, AnomalibModule):
+class MiniMaxAd(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
     """MiniMaxAD: minimal parameters, maximal effective capacity.
 
     One model for one or many product categories; it is not told which category an image shows. With
@@ -134,11 +124,8 @@ class MiniMaxAd(ValidatesAtTheEnd, AnomalibModule):
         """Check the data, load the encoder's weights, set the paper's length of training and spread validations."""
         if stage != "fit":
             return
-        datamodule = self.trainer.datamodule
-        if isinstance(datamodule, AnomalibDataModule):
-            check_training_images(datamodule)
-            check_normal_validation_images(datamodule)
-            check_readable(image_paths(datamodule.train_data))
+        if isinstance(self.trainer.datamodule, AnomalibDataModule):
+            check_data(self.trainer.datamodule)
         if self.trainer.ckpt_path is None:  # a checkpoint carries the weights
             self.model.encoder.load_weights(self.weights)
         train_for_paper_epochs(self.trainer, PAPER_EPOCHS)
@@ -175,21 +162,7 @@ class MiniMaxAd(ValidatesAtTheEnd, AnomalibModule):
         """Fixed arguments of the trainer: no gradient clipping, no sanity check."""
         return {"gradient_clip_val": 0, "num_sanity_val_steps": 0}
 
-    @property
-    def learning_type(self) -> LearningType:
-        """Learns from normal images."""
-        return LearningType.ONE_CLASS
-
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Resize to ``image_size`` (height, width), 256 x 256 as in appendix A by default, without normalisation."""
         return PreProcessor(transform=Compose([Resize(image_size or (256, 256), antialias=True)]))
-
-    def configure_post_processor(self) -> PostProcessor:
-        """Normalise scores without changing their ranking; threshold from normal images alone where need be."""
-        return RankPreservingPostProcessor()
-
-    @staticmethod
-    def configure_evaluator() -> Evaluator:
-        """Anomalib's metrics, overall and for each category or anomaly group."""
-        return GroupEvaluator(test_metrics=default_test_metrics())

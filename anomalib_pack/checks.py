@@ -45,6 +45,19 @@ def check_pre_processor(module: AnomalibModule) -> None:
         module.model.check_image_size(module.input_size)
 
 
+def check_data(datamodule: AnomalibDataModule) -> None:
+    """Check that a model can be trained and validated on the data, and that all its images can be read.
+
+    For models that read no image before they train; others check what they do not read themselves.
+
+    Raises:
+        ValueError: If there are no training images or no normal validation images, or an image cannot be read.
+    """
+    check_training_images(datamodule)
+    check_normal_validation_images(datamodule)
+    check_readable(image_paths(datamodule.train_data))
+
+
 def check_training_images(datamodule: AnomalibDataModule) -> None:
     """Check that there is something to train on.
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
@@ -29,9 +28,8 @@ from anomalib_pack.checks import (
     check_training_images,
     require,
 )
-from anomalib_pack.metrics import GroupEvaluator, default_test_metrics
+from anomalib_pack.defaults import OneClassDefaults
 from anomalib_pack.passes import gather_shares, one_pass, share_buffers, sum_over_processes, validation_loader
-from anomalib_pack.post_processing import RankPreservingPostProcessor
 from anomalib_pack.quantiles import quantiles
 from anomalib_pack.training import ValidatesAtTheEnd, train_for_paper_epochs
 
@@ -41,7 +39,7 @@ from .torch_model import BranchMaps, UlsadModel, combine
 PAPER_EPOCHS = 200  # Sec. 4.1
 
 
-class Ulsad(ValidatesAtTheEnd, AnomalibModule):
+class Ulsad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
     """ULSAD: Unified framework for Logical and Structural Anomaly Detection.
 
     Training needs a validation set with normal images (they normalise the maps) and images of at least 256 x 256
@@ -240,24 +238,10 @@ class Ulsad(ValidatesAtTheEnd, AnomalibModule):
         """Fixed arguments of the trainer: no gradient clipping, no sanity check before the statistics are there."""
         return {"gradient_clip_val": 0, "num_sanity_val_steps": 0}
 
-    @property
-    def learning_type(self) -> LearningType:
-        """Learns from normal images."""
-        return LearningType.ONE_CLASS
-
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Resize to ``image_size`` (height, width), 256 x 256 as in Sec. 4.1 by default, without normalisation."""
         return PreProcessor(transform=Compose([Resize(image_size or (256, 256), antialias=True)]))
-
-    def configure_post_processor(self) -> PostProcessor:
-        """Normalise scores without changing their ranking; threshold from normal images alone where need be."""
-        return RankPreservingPostProcessor()
-
-    @staticmethod
-    def configure_evaluator() -> Evaluator:
-        """Anomalib's metrics, overall and for each anomaly group."""
-        return GroupEvaluator(test_metrics=default_test_metrics())
 
 
 def explain(maps: BranchMaps) -> list[str]:

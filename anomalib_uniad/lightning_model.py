@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
@@ -21,17 +20,8 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torchvision.transforms.v2 import Compose, Resize
 
-from anomalib_pack.checks import (
-    check_finite,
-    check_normal_validation_images,
-    check_pre_processor,
-    check_readable,
-    check_training_images,
-    image_paths,
-    require,
-)
-from anomalib_pack.metrics import GroupEvaluator, default_test_metrics
-from anomalib_pack.post_processing import RankPreservingPostProcessor
+from anomalib_pack.checks import check_data, check_finite, check_pre_processor, require
+from anomalib_pack.defaults import OneClassDefaults
 from anomalib_pack.training import ValidatesAtTheEnd, spread_validations
 
 from .loss import UniadLoss
@@ -42,7 +32,7 @@ LR_DROP_FACTOR = 0.1  # Sec. 4.2
 GRADIENT_NORM = 0.1  # published code
 
 
-class Uniad(ValidatesAtTheEnd, AnomalibModule):
+class Uniad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
     """UniAD: Unified model for multi-class Anomaly Detection.
 
     One model for one or many product categories; it is not told which category an image shows. With
@@ -146,11 +136,8 @@ class Uniad(ValidatesAtTheEnd, AnomalibModule):
         """Check the data, load the backbone's weights and spread the validations over a long training."""
         if stage != "fit":
             return
-        datamodule = self.trainer.datamodule
-        if isinstance(datamodule, AnomalibDataModule):
-            check_training_images(datamodule)
-            check_normal_validation_images(datamodule)
-            check_readable(image_paths(datamodule.train_data))
+        if isinstance(self.trainer.datamodule, AnomalibDataModule):
+            check_data(self.trainer.datamodule)
         if self.trainer.ckpt_path is None:  # a checkpoint carries the weights
             self.model.backbone.load_weights(self.weights)
         spread_validations(self.trainer)
@@ -188,21 +175,7 @@ class Uniad(ValidatesAtTheEnd, AnomalibModule):
         """Fixed arguments of the trainer. The paper's 1000 epochs are Lightning's default."""
         return {"gradient_clip_val": GRADIENT_NORM, "num_sanity_val_steps": 0}
 
-    @property
-    def learning_type(self) -> LearningType:
-        """Learns from normal images."""
-        return LearningType.ONE_CLASS
-
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Resize to ``image_size`` (height, width), 224 x 224 as in Sec. 4.2 by default, without normalisation."""
         return PreProcessor(transform=Compose([Resize(image_size or (224, 224), antialias=True)]))
-
-    def configure_post_processor(self) -> PostProcessor:
-        """Normalise scores without changing their ranking; threshold from normal images alone where need be."""
-        return RankPreservingPostProcessor()
-
-    @staticmethod
-    def configure_evaluator() -> Evaluator:
-        """Anomalib's metrics, overall and for each category or anomaly group."""
-        return GroupEvaluator(test_metrics=default_test_metrics())

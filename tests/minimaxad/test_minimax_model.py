@@ -12,6 +12,7 @@ from anomalib.engine import Engine
 from lightning.pytorch import Callback
 from safetensors.torch import save_file
 from torch import nn
+from watch import Watch
 
 from anomalib_minimaxad import MiniMaxAd
 from anomalib_minimaxad.components import Block, UniRepLKNet
@@ -406,22 +407,6 @@ def test_normalisation_is_the_encoders() -> None:
 
     with pytest.raises(ValueError, match="Normalize"):
         MiniMaxAd(**SMALL, pre_processor=Patchcore.configure_pre_processor((256, 256)))
-
-
-class Watch(Callback):
-    """Keeps the learning rates, the epochs that were validated and how long training was to be."""
-
-    def __init__(self) -> None:
-        self.rates, self.validated = [], []
-
-    def on_train_start(self, trainer, *_) -> None:
-        self.epochs = trainer.max_epochs
-
-    def on_train_batch_start(self, trainer, *_) -> None:
-        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-    def on_validation_end(self, trainer, *_) -> None:
-        self.validated.append(trainer.current_epoch)
 
 
 class StopAtOnce(Callback):

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from anomalib.engine import Engine
-from lightning.pytorch import Callback
 from torch import nn
+from watch import Watch
 
 from anomalib_pack.data import MVTecLoco
 from anomalib_uniad import Uniad
@@ -159,19 +159,6 @@ def test_normalisation_is_the_backbones() -> None:
 
     with pytest.raises(ValueError, match="Normalize"):
         Uniad(**SMALL, pre_processor=Patchcore.configure_pre_processor((224, 224)))
-
-
-class Watch(Callback):
-    """Keeps the learning rates, and the epochs that were validated."""
-
-    def __init__(self) -> None:
-        self.rates, self.validated = [], []
-
-    def on_train_batch_start(self, trainer, *_) -> None:
-        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-    def on_validation_end(self, trainer, *_) -> None:
-        self.validated.append(trainer.current_epoch)
 
 
 def train(loco: MVTecLoco, root: Path, **trainer) -> tuple[Watch, Uniad]:
