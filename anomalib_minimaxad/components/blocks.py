@@ -148,7 +148,8 @@ def merge_linear(
     scale, shift = affine(norm)
     bias = shift
     if isinstance(grn, GlobalResponseNorm):
-        bias = bias + scale * (linear.weight @ grn.beta.flatten())
+        # Not as a matrix product, which autocast would round: what is merged under it may be used without it later.
+        bias = bias + scale * (linear.weight * grn.beta.flatten()).sum(dim=1)
     return (layer_scale * scale).unsqueeze(1) * linear.weight, layer_scale * bias
 
 
@@ -218,10 +219,14 @@ class Block(nn.Module):
     def merged(self) -> Merged:
         """Merge the block, or return what was merged before if no parameter and no statistic has changed since.
 
-        A compiled program keeps what the block was when it was compiled, as an exported one does.
+        An exported program keeps what the block is when it is exported. A compiled one merges in each call, because it
+        cannot see changes.
         """
-        if torch.compiler.is_compiling():  # a compiler's or exporter's stand-ins for tensors say nothing about changes
-            return self._merge() if self._cache is None else self._cache.merged
+        if torch.compiler.is_dynamo_compiling():
+            return self._merge()
+        if torch.compiler.is_compiling():  # the module has an exporter's stand-ins now; the cache has the tensors
+            holds = self._cache is not None and stamps(self._cache.tensors) == self._cache.stamps
+            return self._cache.merged if holds else self._merge()
         groups = [group for part in self._parts for group in (part._parameters, part._buffers)]
         tensors = [tensor for group in groups for tensor in group.values() if tensor is not None]
         now = stamps(tensors)
@@ -241,8 +246,19 @@ class Block(nn.Module):
     def train(self, mode: bool = True) -> Block:
         """Switch between branches and merged copy, which a training makes stale."""
         if mode != self.training:
-            self._cache = None  # also frees its memory, and notices changes through `.data`, which leave no stamp
+            # Also frees its memory, and notices what leaves no stamp: changes through `.data` and by fused optimizers.
+            self._cache = None
         return super().train(mode)
+
+    def _apply(self, *arguments: Any, **keywords: Any) -> Block:
+        """Move to another device or precision; there and back may end at the same address with other values."""
+        self._cache = None
+        return super()._apply(*arguments, **keywords)
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        """Load; an exporter would not see that ``assign=True`` has replaced tensors."""
+        self._cache = None
+        super()._load_from_state_dict(*arguments, **keywords)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None}  # made again when needed

@@ -1,7 +1,7 @@
 """The frozen encoders: UniRepLKNet, or any timm network with features at strides 4, 8 and 16 (Sec. 3.3).
 
 Status: UniRepLKNet is exact to the published code, up to its third stage; the fourth is not used. Parameters have its
-names.
+names. The table of its sizes is checked for N alone: see ``VARIANTS``.
 """
 
 from __future__ import annotations
@@ -40,10 +40,13 @@ class Variant(NamedTuple):
     depths: tuple[int, int, int]  # of the first three stages
     bottleneck_depth: int  # of the fourth, which the bottleneck copies
     width: int  # channels of the first stage; each stage doubles them
-    file: str  # weights trained on ImageNet-1K at 224 x 224
+    file: str  # of weights on the hub, trained on ImageNet-1K at 224 x 224
     alternating: bool = False  # every other block of the third stage has a 3 x 3 kernel
 
 
+# N is verified: depths, widths, kernels and name of the file are those of MiniMaxAD's published code. A, F, P and T,
+# with T's alternating kernels, are UniRepLKNet's published tables from memory and not verified: neither the paper nor
+# timm has them, and no file was at hand. A wrong name fails the download, a wrong size or kernel ``load_weights``.
 VARIANTS = {
     "unireplknet_a": Variant((2, 2, 6), 2, 40, "unireplknet_a_in1k_224_acc77.03.pth"),
     "unireplknet_f": Variant((2, 2, 6), 2, 48, "unireplknet_f_in1k_224_acc78.58.pth"),

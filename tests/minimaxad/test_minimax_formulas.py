@@ -15,6 +15,7 @@ from anomalib_minimaxad.loss import (
     adaptive_contraction_loss,
     contraction_threshold,
     pixel_quantile,
+    training_map,
 )
 from anomalib_minimaxad.torch_model import Pyramids
 
@@ -162,6 +163,7 @@ def reference_losses(outputs: Pyramids, p_hard: float, p_lim: float) -> dict[str
     ]
     return {
         "enough": enough,
+        "threshold": threshold,
         "adc": squared[squared >= threshold].mean(),
         "global": np.array(flat).sum(axis=0).mean(),
         "local": squared.mean(),
@@ -178,6 +180,8 @@ def test_losses(closeness: float, p_hard: float, p_lim: float) -> None:
     for kind in ("adc", "global", "local", "local_hm"):
         ours = MiniMaxAdLoss(kind, p_hard, p_lim)(outputs).item()
         assert ours == pytest.approx(expected[kind], rel=1e-5), kind
+    ours = contraction_threshold(training_map(*outputs), p_hard, p_lim).item()
+    assert ours == pytest.approx(expected["threshold"], rel=1e-5, abs=1e-7)
 
 
 def test_losses_meet_both_thresholds() -> None:

@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,35 @@ def test_training_with_validations_is_training_without() -> None:
         assert torch.equal(tensor, states[1][name]), name
 
 
+class ComparesWithBranches(Callback):
+    """Compares the merged network with its branches at each validation, and each validation with the one before."""
+
+    def __init__(self) -> None:
+        self.maps = []
+
+    def on_validation_batch_end(self, _trainer, pl_module, *_) -> None:
+        with torch.inference_mode(mode=False):
+            agrees(pl_module.model)
+            self.maps.append(pl_module.model(images()).anomaly_map.detach())
+
+
+def test_validations_of_a_training_run_the_newest_network(loco: MVTecLoco, tmp_path: Path) -> None:
+    """Lightning goes back to training without a call of `train`."""
+    compares = ComparesWithBranches()
+    fit(loco, tmp_path, [compares], max_epochs=3, limit_train_batches=2, limit_val_batches=1)
+    assert len(compares.maps) == 3
+    assert all(not torch.allclose(*pair, atol=1e-4) for pair in pairwise(compares.maps))
+
+
+def step(block: Block) -> None:
+    """One of an optimizer, without a switch to training mode."""
+    for parameter in block.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(block.parameters(), lr=0.1).step()
+
+
 CHANGES = {
+    "optimizer": step,
     "in place": lambda block: block.pwconv2[0].weight.mul_(2),
     "statistics": lambda block: block.norm.running_mean.add_(1),
     "layer scale": lambda block: block.gamma.mul_(2),
@@ -155,11 +184,47 @@ def test_merged_network_in_other_hands() -> None:
     assert all(block._cache is None for block in blocks(pickled))
     for other in (copy.deepcopy(model), pickled):
         torch.testing.assert_close(other(images()).anomaly_map, expected.anomaly_map, atol=0, rtol=0)
-    double = copy.deepcopy(model).double()(images().double())
-    torch.testing.assert_close(double.anomaly_map.float(), expected.anomaly_map, atol=1e-5, rtol=0)
+    for precision, tolerance in ((torch.double, 1e-5), (torch.half, 5e-3), (torch.bfloat16, 5e-2)):
+        other = copy.deepcopy(model)
+        other(images())
+        moved = other.to(precision)(images().to(precision)).anomaly_map
+        torch.testing.assert_close(moved.float(), expected.anomaly_map, atol=tolerance, rtol=0)
     with torch.inference_mode():
         built = tiny().eval()
         torch.testing.assert_close(built(images()).anomaly_map, tiny().eval()(images()).anomaly_map)
+
+
+@torch.no_grad()
+def test_copies_change_alone() -> None:
+    model = tiny().eval()
+    expected = model(images()).anomaly_map
+    other = copy.deepcopy(model)
+    other(images())
+    for block in blocks(other.decoder):
+        block.gamma.mul_(2)
+    agrees(other)
+    assert not torch.allclose(other(images()).anomaly_map, expected, atol=1e-4)
+    torch.testing.assert_close(model(images()).anomaly_map, expected, atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_nothing_is_merged_in_half_precision_by_autocast() -> None:
+    """What is merged under it is used without it too."""
+    model = tiny().eval()
+    expected = [block.merged() for block in blocks(copy.deepcopy(model))]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = [block.merged() for block in blocks(model)]
+    torch.testing.assert_close(ours, expected, atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_moving_frees_the_merged_copy() -> None:
+    """There and back may end at the same address with other values."""
+    model = tiny().eval()
+    model(images())
+    model.half().float()
+    assert all(block._cache is None for block in blocks(model))
+    agrees(model)
 
 
 def test_gradient_reaches_the_features_after_inference_mode() -> None:
@@ -190,6 +255,25 @@ def test_exported_program_is_the_merged_network() -> None:
     assert sum("batch_norm" in str(node.target) for node in calls) == 3  # of the bottleneck's convolutions
     groups = [node.args[6] for node in calls if "conv2d" in str(node.target) and len(node.args) == 7]
     assert len([number for number in groups if number > 1]) == len(blocks(model))  # one depthwise convolution in each
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["statistics", "loaded", "assigned"])
+@pytest.mark.parametrize("way", ["exported", "compiled"])
+def test_changes_before_other_programs_are_noticed(change: str, way: str) -> None:
+    """Without a forward pass in between, when the copy in memory is that of the former block."""
+    block = tiny().eval().decoder.stages[1][0]
+    maps = torch.rand(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    program = torch.compile(block, backend="eager")
+    before = block(maps)
+    if way == "compiled":
+        torch.testing.assert_close(program(maps), before, atol=1e-5, rtol=0)
+    CHANGES[change](block)
+    if way == "exported":
+        program = torch.export.export(block, (maps,)).module()
+    after = program(maps)
+    torch.testing.assert_close(after, maps + block._branched(maps), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(after, before, atol=1e-3)
 
 
 def test_size_of_the_default_network() -> None:
