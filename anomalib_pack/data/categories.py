@@ -45,6 +45,8 @@ class DatasetCategories:
         self._dataset = dataset
         self._categories = categories if categories == "all" else _checked_names("categories", categories)
         self._arguments = dict(arguments)
+        # The base class splits by a ratio, also where a datamodule has no argument for it, as RealIAD.
+        self._ratios = {name: self._arguments.pop(name) for name in _ratios_without_argument(self._class, arguments)}
         for name in self._arguments.keys() - _parameters(self._class):
             msg = f"{name} is no argument of {dataset}, which has {', '.join(_parameters(self._class))}."
             raise ValueError(msg)
@@ -94,7 +96,10 @@ class DatasetCategories:
         return _find_categories(self._datamodule())
 
     def _datamodule(self, **category: str) -> AnomalibDataModule:
-        return self._class(root=self.root, **category, **self._arguments)
+        datamodule = self._class(root=self.root, **category, **self._arguments)
+        for name, ratio in self._ratios.items():
+            setattr(datamodule, name, ratio)
+        return datamodule
 
 
 class FolderCategories:
@@ -105,20 +110,14 @@ class FolderCategories:
         splits: Split modes, ratios and seed that all of them get.
 
     Raises:
-        ValueError: If something else is in the list, names are equal, one has augmentations of its own, or the images
-            have no folder in common.
+        ValueError: If something else is in the list, names are equal, or the images have no folder in common.
     """
 
     def __init__(self, folders: Sequence[Folder | Mapping], splits: Mapping[str, Any]) -> None:
         datamodules = [_folder_datamodule(entry) for entry in folders]
         names = _checked_names("dataset", [datamodule.name for datamodule in datamodules])
         self._datamodules = dict(zip(names, datamodules, strict=True))
-        for name, datamodule in self._datamodules.items():
-            if datamodule.train_augmentations or datamodule.val_augmentations or datamodule.test_augmentations:
-                msg = (
-                    f"The Folder {name!r} has augmentations of its own. Give them to MultiCategory, for all categories."
-                )
-                raise ValueError(msg)
+        for datamodule in self._datamodules.values():
             for argument, value in splits.items():
                 enum = {"test_split_mode": TestSplitMode, "val_split_mode": ValSplitMode}.get(argument)
                 setattr(datamodule, argument, enum(value) if enum else value)
@@ -202,10 +201,25 @@ def _parameters(datamodule: type[AnomalibDataModule]) -> Mapping[str, inspect.Pa
     return inspect.signature(datamodule).parameters
 
 
+def _ratios_without_argument(datamodule: type[AnomalibDataModule], arguments: Mapping[str, Any]) -> list[str]:
+    """Names of the given ratios for which the datamodule has a split mode, but no argument."""
+    known = _parameters(datamodule)
+    return [
+        f"{split}_split_ratio"
+        for split in ("test", "val")
+        if f"{split}_split_mode" in known and f"{split}_split_ratio" in arguments.keys() - known
+    ]
+
+
 def _folder_datamodule(entry: Folder | Mapping) -> Folder:
     # `anomalib benchmark` hands over configurations as they are.
     if isinstance(entry, Mapping) and str(entry.get("class_path", "")).split(".")[-1] == "Folder":
-        return Folder(**entry.get("init_args", {}))
+        arguments = entry.get("init_args", {})
+        for name, value in arguments.items():
+            if name.endswith("augmentations") and isinstance(value, Mapping):
+                msg = f"{name} of a Folder must be transforms, not their configuration, got {value!r}."
+                raise ValueError(msg)
+        return Folder(**arguments)
     if not isinstance(entry, Folder):
         msg = f"dataset must be the name of a datamodule or a list of Folder, got {entry!r} in the list."
         raise ValueError(msg)  # noqa: TRY004  # as for all other arguments

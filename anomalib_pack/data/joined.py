@@ -8,7 +8,7 @@ from anomalib import TaskType
 from anomalib.data.datasets.base import AnomalibDataset
 from lightning.pytorch.utilities import rank_zero_warn
 from pandas import DataFrame
-from torchvision.transforms.v2 import Transform
+from torchvision.transforms.v2 import Compose, Transform
 
 from anomalib_pack.data.grouped import GroupedImageBatch, GroupedImageItem
 
@@ -28,6 +28,7 @@ class MultiCategoryDataset(AnomalibDataset):
 
     def __init__(self, parts: dict[str, AnomalibDataset], links: dict[str, dict[str, str]]) -> None:
         self.parts = parts
+        self._own_augmentations = {name: part.augmentations for name, part in parts.items()}
         super().__init__()
         frames = [_part_samples(name, part, links.get(name, {})) for name, part in parts.items()]
         # Not through the setter, which would look for each file again.
@@ -57,14 +58,15 @@ class MultiCategoryDataset(AnomalibDataset):
 
     @property
     def augmentations(self) -> Transform | None:
-        """Augmentations of all categories."""
+        """Augmentations of all categories. Those that a category has of its own come before them."""
         return self._augmentations
 
     @augmentations.setter
     def augmentations(self, augmentations: Transform | None) -> None:
         self._augmentations = augmentations
-        for part in self.parts.values():
-            part.augmentations = augmentations
+        for name, part in self.parts.items():
+            steps = [step for step in (self._own_augmentations[name], augmentations) if step is not None]
+            part.augmentations = Compose(steps) if steps else None
 
     @property
     def collate_fn(self) -> Callable:

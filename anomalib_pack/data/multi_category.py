@@ -43,7 +43,7 @@ class MultiCategory(OptionalValidation, AnomalibDataModule):
 
     Args:
         dataset: Name of a datamodule with ``root`` and ``category``, e.g. ``"MVTecAD"``, or ``Folder`` datamodules,
-            each of which is a category with the name that it has.
+            each of which is a category with the name that it has. Augmentations of its own come before those below.
         root: Folder of the data set; None means the default of the datamodule. Not for a list of ``Folder``.
         categories: Names of the categories; ``"all"`` takes those that are found in ``root``. Not for a list of
             ``Folder``.
@@ -63,8 +63,7 @@ class MultiCategory(OptionalValidation, AnomalibDataModule):
         dataset_args: Further arguments of the wrapped datamodule, e.g. ``{"resolution": 512}`` for Real-IAD.
 
     Raises:
-        ValueError: If an argument is not possible, or ``Folder`` datamodules have equal names, augmentations of their
-            own or no common folder.
+        ValueError: If an argument is not possible, or ``Folder`` datamodules have equal names or no common folder.
 
     Example:
         >>> datamodule = MultiCategory("MVTecAD", root="./datasets/MVTecAD", categories=["bottle", "cable"])

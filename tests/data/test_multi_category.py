@@ -20,7 +20,7 @@ from anomalib.models import Padim, Patchcore
 from anomalib.utils.path import generate_output_filename
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from torchvision.transforms.v2 import RandomHorizontalFlip
+from torchvision.transforms.v2 import Pad, RandomHorizontalFlip, Resize
 
 from anomalib_pack.data import GroupedImageBatch, GroupedImageItem, MultiCategory, MVTecLoco
 from anomalib_pack.metrics import GroupEvaluator, default_test_metrics
@@ -217,7 +217,7 @@ def write_visa(root):
 
 def write_real_iad(root):
     for category in ("audiojack", "toy"):
-        rows = {"train": [("OK", 3)], "test": [("OK", 4), ("AK", 5)]}
+        rows = {"train": [("OK", 10)], "test": [("OK", 4), ("AK", 5)]}
         metadata = {}
         for split, kinds in rows.items():
             metadata[split] = []
@@ -290,6 +290,15 @@ def test_layouts(tmp_path, dataset, write, categories, arguments):
     assert_pictures_differ(datamodule)
 
 
+def test_ratio_for_which_the_datamodule_has_no_argument(tmp_path):
+    write_real_iad(tmp_path)
+    splits = {"test_split_mode": "from_dir", "val_split_mode": "from_train", "val_split_ratio": 0.1}
+    datamodule = MultiCategory("RealIAD", tmp_path, dataset_args={"resolution": 512}, seed=0, **splits)
+    datamodule.setup()
+    assert datamodule.train_data.samples.group.value_counts().to_dict() == {"audiojack": 9, "toy": 9}
+    assert datamodule.val_data.samples.group.value_counts().to_dict() == {"audiojack": 1, "toy": 1}
+
+
 def test_renders_what_is_missing(tmp_path):
     sizes = {"image_size": 64, "num_train": 2, "num_val": 1, "num_test": 1}
     datamodule = MultiCategory("SyntheticLoco", tmp_path, dataset_args=sizes, num_workers=0)
@@ -329,16 +338,20 @@ def test_wrong_root_gets_no_download(tmp_path):
         ({"dataset": "MVTecAD", "categories": []}, r"categories must be .* got \[\]"),
         ({"dataset": "MVTecAD", "categories": ["a", "a"]}, "categories must have different names, got a, a"),
         ({"dataset": "MVTecAD2", "val_split_mode": "from_test"}, "val_split_mode is no argument of MVTecAD2"),
+        ({"dataset": "MVTecAD2", "val_split_ratio": 0.1}, "val_split_ratio is no argument of MVTecAD2"),
         ({"dataset": "MVTecAD", "dataset_args": {"resolution": 1}}, "resolution is no argument of MVTecAD"),
         ({"dataset": "MVTecAD", "dataset_args": {"category": "a"}}, "dataset_args must not have category"),
         ({"dataset": "MVTecAD", "dataset_args": {"seed": 1}}, "dataset_args must not have seed"),
         ({"dataset": []}, r"dataset must be .* got \[\]"),
         ({"dataset": [MVTecAD()]}, "dataset must be the name of a datamodule or a list of Folder, got <anomalib"),
         ({"dataset": [{"name": "a", "normal_dir": "b"}]}, "dataset must be .* got {'name': 'a'"),
+        (
+            {"dataset": [{"class_path": "Folder", "init_args": {"augmentations": {"class_path": "Resize"}}}]},
+            "augmentations of a Folder must be transforms, not their configuration, got {'class_path': 'Resize'}",
+        ),
         ({"dataset": [Folder("a", "b")], "root": "c"}, "root must not be given with a list of Folder"),
         ({"dataset": [Folder("a", "b"), Folder("a", "c")]}, "dataset must have different names, got a, a"),
         ({"dataset": [Folder("a", "/b/c"), Folder("d", "/e")]}, "dataset must have a folder .* /b/c, /e have none"),
-        ({"dataset": [Folder("a", "b", augmentations=RandomHorizontalFlip())]}, "'a' has augmentations of its own"),
     ],
 )
 def test_impossible_argument_is_named(arguments, message):
@@ -358,6 +371,15 @@ def test_folders(root):
     assert datamodule.test_data.samples.group.value_counts().to_dict() == {"bars": 8, "disc": 9}
     assert datamodule.name == "products"
     assert_pictures_differ(datamodule)
+
+
+def test_augmentations_of_a_folder_come_before_those_for_all(root):
+    own, plain = folders(root, augmentations=Resize([16, 16]))[0], folders(root)[1]
+    datamodule = MultiCategory([own, plain], num_workers=0, test_augmentations=Pad(1))
+    datamodule.setup()
+    for data, sides in (("train_data", {"bars": 16, "disc": 32}), ("test_data", {"bars": 18, "disc": 34})):
+        for item in getattr(datamodule, data):
+            assert item.image.shape[-2:] == item.gt_mask.shape == (sides[item.group],) * 2
 
 
 def test_masks_that_some_categories_lack_are_left_out(root):

@@ -1,12 +1,14 @@
-"""The configurations say what the paper does, and their data can be built, of which parsing alone says nothing."""
+"""The configurations say what the paper does."""
 
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from anomalib.data import AnomalibDataModule, get_datamodule
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
+from anomalib.pre_processing import PreProcessor
 from jsonargparse import ArgumentParser
+from torchvision.transforms.v2 import Compose, Resize, Transform
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "minimaxad"
 
@@ -43,14 +45,35 @@ def test_row(name: str) -> None:
         side = last["size"] if isinstance(last["size"], int) else last["size"][0]
     ours = (model.get("variant", "fr"), model.get("top_ratio", 0.01), side, config["trainer"]["max_epochs"])
     assert ours == ROWS[name]
+    data = config["data"]["init_args"]
+    assert (data["train_batch_size"], data["seed"]) == (16, 0)
+    assert (data["val_split_mode"], data["val_split_ratio"]) == ("from_train", 0.1)  # never thresholds from test labels
+
+
+def test_joined_data_is_cropped_for_one_data_set_only() -> None:
+    """The pre-processor, which goes into the checkpoint, is that of AeBAD alone; images of MVTec AD stay whole."""
+    alone, joined = read("aebad"), read("aebad_mvtec_ad")
+    pre_processor, data = joined["model"]["init_args"]["pre_processor"], joined["data"]["init_args"]
+    assert pre_processor == alone["model"]["init_args"]["pre_processor"]
+    aebad, *others = [folder["init_args"] for folder in data["dataset"]]
+    assert aebad["train_augmentations"] == alone["data"]["init_args"]["train_augmentations"]
+    assert len(others) == 15
+    assert all(other["augmentations"] == others[0]["augmentations"] for other in others)
+
+    image, crop = torch.rand(3, 300, 280), build(PreProcessor, pre_processor).transform
+    for own, expected in ((aebad, crop(image)), (others[0], Resize([224, 224])(image))):
+        before = Compose([build(Transform, own["augmentations"]), build(Transform, data["augmentations"])])
+        assert torch.equal(crop(before(image)), expected)
+
+
+def build(base: type, config: dict) -> object:
     parser = ArgumentParser()
-    parser.add_subclass_arguments(AnomalibDataModule, "data")
-    data = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
-    assert (data.train_batch_size, data.seed) == (16, 0)
+    parser.add_subclass_arguments(base, "part")
+    return parser.instantiate_classes(parser.parse_object({"part": config})).part
 
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_sweep(name: str) -> None:
     jobs = list(get_iterator_from_grid_dict(read(name)["benchmark"]))
     assert len(jobs) == SWEEPS[name]
-    assert get_datamodule(jobs[0]["data"]).train_batch_size == 16
+    assert jobs[0]["data"]["init_args"]["train_batch_size"] == 16
