@@ -1,0 +1,62 @@
+"""Parameters and floating point operations.
+
+A multiplication with its addition counts as two operations, as in the EfficientAD paper: by this count its networks
+have the 76 and 235 x 10^9 of its Table 11. Papers that count one have half the number.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def parameter_count(network: nn.Module) -> int:
+    """Number of values in all parameters, trained or not.
+
+    Example:
+        >>> parameter_count(nn.Linear(3, 2))
+        8
+    """
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def flops(network: nn.Module, images: torch.Tensor) -> int:
+    """Operations of a pass in convolutions (transposed ones too), matrix products and attention.
+
+    Args:
+        network: In eval mode.
+        images: (B, 3, H, W) on its device.
+
+    Returns:
+        Operations for the whole batch. What is not an operator of PyTorch is not counted, e.g. a search by FAISS.
+
+    Example:
+        >>> flops(nn.Linear(3, 2), torch.ones(1, 3))
+        12
+    """
+    with FlopCounterMode(display=False) as counter:
+        network(images)
+    return counter.get_total_flops()
+
+
+def profiler_flops(network: nn.Module, images: torch.Tensor) -> int:
+    """Operations of a pass as in the paper: `torch.profiler.profile(with_flops=True)`.
+
+    It counts convolutions, matrix products, and additions and multiplications by element, but neither transposed
+    convolutions nor fused attention.
+
+    Args:
+        network: In eval mode.
+        images: (B, 3, H, W) on its device.
+
+    Returns:
+        Operations for the whole batch.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports its start and end on the console
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as prof:
+        network(images)
+    return sum(event.flops for event in prof.key_averages())

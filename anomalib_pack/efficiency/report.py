@@ -1,0 +1,128 @@
+"""The results as CSV, Markdown and console tables.
+
+A row is a dictionary with `model` and either what ``measurement.measure`` returns or an `error`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import pandas as pd
+from rich.table import Table
+
+Row = dict[str, Any]
+
+ABOUT_RUN = ("device", "device_name", "threads", "warmup", "passes")
+ERROR_WIDTH = 160
+VERSIONS = ("anomalib_pack", "anomalib", "torch", "timm", "faiss", "cuda", "python")
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    """Write all columns, one row per model."""
+    table = pd.DataFrame(rows).drop(columns="traceback", errors="ignore")
+    table.convert_dtypes().to_csv(path, index=False)  # whole numbers stay whole beside the gaps of a failed model
+
+
+def write_markdown(rows: list[Row], path: Path, metric: str) -> None:
+    """Write a table like the paper's Table 11, with what it was measured on.
+
+    Args:
+        rows: One per model.
+        path: Of the file.
+        metric: Column of the accuracy, which is left out if no row has it.
+    """
+    measured = [row for row in rows if "error" not in row]
+    batches = _batches(rows)
+    header = ["Model", "Input", "Precision"]
+    header += [metric] if any(metric in row for row in rows) else []
+    header += ["Latency [ms]", "median", "95 %", *(f"Throughput [img / s], batch {batch}" for batch in batches)]
+    header += ["Parameters [x 10^6]", "FLOPs [x 10^9]", "by profiler", "Memory [MiB]", "Bank", "Bank [MiB]"]
+    lines = ["# Efficiency", "", *_about(measured), "", _line(header), "|---|" + "---:|" * (len(header) - 1)]
+    for row in rows:
+        cells = _failed(row, header) if "error" in row else _cells(row, header, batches, metric)
+        lines.append(_line(cells))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def console_table(rows: list[Row]) -> Table:
+    """Make a table that fits 80 columns; the throughput is that of the last batch size."""
+    batch = next(reversed(_batches(rows)), None)
+    images = "" if batch is None else f"img/s: batch {batch}; "
+    table = Table(title="Efficiency", caption=f"ms: mean latency; {images}M par.: + values in the bank")
+    table.add_column("Model", overflow="fold")
+    for title in ("ms", "95 %", "img/s", "M par.", "GFLOPs", "MiB"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row["model"], *(["failed"] if "error" in row else _console_cells(row, batch)))
+    return table
+
+
+def _console_cells(row: Row, batch: int | None) -> list[str]:
+    return [
+        _number(row["latency_mean_ms"]),
+        _number(row["latency_p95_ms"]),
+        _number(row.get(f"throughput_{batch}")),
+        _parameters(row),
+        _number(row["flops"] / 1e9),
+        _number(row["peak_memory_mib"]),
+    ]
+
+
+def short_error(row: Row) -> str:
+    """The beginning of an error; some of PyTorch's fill a page."""
+    return shorten(row["error"], ERROR_WIDTH, placeholder=" ...")
+
+
+def _cells(row: Row, header: list[str], batches: list[int], metric: str) -> list[str]:
+    accuracy = [_number(row.get(metric))] if metric in header else []
+    return [
+        row["model"],
+        row["image_size"],
+        row["precision"],
+        *accuracy,
+        *(_number(row[key]) for key in ("latency_mean_ms", "latency_median_ms", "latency_p95_ms")),
+        *(_number(row[f"throughput_{batch}"]) for batch in batches),
+        _parameters(row),
+        _number(row["flops"] / 1e9),
+        _number(row["flops_profiler"] / 1e9),
+        _number(row["peak_memory_mib"]),
+        row["bank"],
+        _number(row["bank_mib"]) if row["bank"] else "",
+    ]
+
+
+def _failed(row: Row, header: list[str]) -> list[str]:
+    return [row["model"], f"failed: {short_error(row)}".replace("|", "\\|"), *[""] * (len(header) - 2)]
+
+
+def _about(measured: list[Row]) -> list[str]:
+    if not measured:
+        return ["No model could be measured."]
+    row = measured[0]
+    values = [f"{key.replace('_', ' ')}: {row[key]}" for key in ABOUT_RUN]
+    versions = [f"{key} {row[key]}" for key in VERSIONS if row[key]]
+    return [", ".join(values) + ".", "", "Versions: " + ", ".join(versions) + "."]
+
+
+def _batches(rows: list[Row]) -> list[int]:
+    keys = dict.fromkeys(key for row in rows for key in row if key.startswith("throughput_"))
+    return [int(key.removeprefix("throughput_")) for key in keys]
+
+
+def _parameters(row: Row) -> str:
+    # As the paper's "83 + 3" for PatchCore: network, and values in the bank.
+    bank = f" + {_number(row['bank_values'] / 1e6)}" if row["bank"] else ""
+    return _number(row["parameters"] / 1e6) + bank
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits, or all before the point."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

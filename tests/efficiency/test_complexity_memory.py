@@ -1,0 +1,92 @@
+"""Counts that can be done by hand, and the size of memory."""
+
+import numpy as np
+import pytest
+import torch
+from anomalib.models import get_model
+from torch import nn
+
+from anomalib_pack.efficiency.complexity import flops, parameter_count, profiler_flops
+from anomalib_pack.efficiency.memory import bank_size, peak_mib, reset_peak
+
+CPU = torch.device("cpu")
+
+
+def hand_counted() -> nn.Sequential:
+    """Images 2 x 8 x 8 -> convolution: 4 x 3 x 3 -> transposed: 3 x 6 x 6 -> linear on rows of 6: 3 x 6 x 5."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, kernel_size=3, stride=2), nn.ConvTranspose2d(4, 3, kernel_size=2, stride=2), nn.Linear(6, 5)
+    ).eval()
+
+
+CONV = 2 * (2 * 3 * 3) * (4 * 3 * 3)  # two operations for each weight that an output value sums over
+TRANSPOSED = 2 * (3 * 2 * 2) * (4 * 3 * 3)  # the same for each input value
+LINEAR = 2 * 6 * (3 * 6 * 5)
+
+
+def test_parameters() -> None:
+    assert parameter_count(hand_counted()) == (2 * 4 * 9 + 4) + (4 * 3 * 4 + 3) + (6 * 5 + 5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_flops(batch_size: int) -> None:
+    with torch.inference_mode():
+        assert flops(hand_counted(), torch.rand(batch_size, 2, 8, 8)) == batch_size * (CONV + TRANSPOSED + LINEAR)
+
+
+def test_profiler_skips_transposed_convolutions(capfd: pytest.CaptureFixture[str]) -> None:
+    with torch.inference_mode():
+        assert profiler_flops(hand_counted(), torch.rand(1, 2, 8, 8)) == CONV + LINEAR
+    assert not capfd.readouterr().err
+
+
+def test_flops_of_attention() -> None:
+    tokens, dim = 5, 8
+    attention = nn.MultiheadAttention(dim, num_heads=2, batch_first=True).eval()
+
+    def attend(images: torch.Tensor) -> torch.Tensor:
+        return attention(images, images, images, need_weights=False)[0]
+
+    projections, products = 4 * 2 * tokens * dim * dim, 2 * 2 * tokens * tokens * dim
+    assert flops(attend, torch.rand(1, tokens, dim)) == projections + products
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters", "operations"),
+    [("small", 8, 76), ("medium", 21, 235)],  # EfficientAD, Table 11
+)
+def test_table_11(size: str, parameters: int, operations: int) -> None:
+    model = get_model({"class_path": "EfficientAd"}, model_size=size).model.eval()
+    assert round(parameter_count(model) / 1e6) == parameters
+    with torch.inference_mode(), torch.device("meta"):  # shapes without values: counted in no time
+        images = torch.rand(1, 3, 256, 256)
+        assert round(flops(model.to("meta"), images) / 1e9) == operations
+
+
+def test_bank_size() -> None:
+    network = nn.Module()
+    network.register_buffer("mean", torch.zeros(10, 64))
+    network.register_buffer("covariance", torch.zeros(64, 10, 10, dtype=torch.float16))
+    size = bank_size(network, ["mean", "covariance"])
+    assert size["bank"] == "10 x 64 + 64 x 10 x 10"
+    assert size["bank_values"] == 640 + 6400
+    assert size["bank_mib"] == pytest.approx((4 * 640 + 2 * 6400) / 2**20, abs=0.005)
+
+
+def test_peak_memory_of_what_is_freed_again() -> None:
+    reset_peak(CPU)
+    before = peak_mib(CPU)
+    np.ones(2**25)  # 256 MiB
+    assert peak_mib(CPU) - before == pytest.approx(256, abs=20)
+    reset_peak(CPU)
+    assert peak_mib(CPU) - before < 20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_memory_of_a_gpu() -> None:
+    device = torch.device("cuda")
+    reset_peak(device)
+    before = peak_mib(device)
+    torch.ones(2**26, device=device)  # 256 MiB
+    assert peak_mib(device) - before == pytest.approx(256, abs=4)

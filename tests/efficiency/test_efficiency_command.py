@@ -1,0 +1,108 @@
+"""`anomalib efficiency`, as a user runs it."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from anomalib.cli.cli import AnomalibCLI
+
+from anomalib_pack.efficiency import Efficiency, pipeline
+from anomalib_pack.efficiency.settings import Entry, Settings, entries
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "efficiency").glob("*.yaml"))
+UNIAD = {
+    "class_path": "Uniad",
+    "init_args": {"backbone": "resnet18", "layers": ["layer1", "layer2"], "weights": None, "hidden_dim": 32},
+    "image_size": [64, 64],
+}
+
+
+def write(folder: Path, **values) -> Path:
+    path = folder / "efficiency.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_command(tmp_path: Path) -> None:
+    config = write(tmp_path, models=[UNIAD], warmup=0, passes=5, batch_sizes=[2])
+    (tmp_path / "accuracy.csv").write_text("model,image_AUROC\nUniad,0.97\n")
+    command = [sys.executable, "-m", "anomalib.cli.cli", "efficiency", "--config", config, "--passes", "2"]
+    command += ["--results", "accuracy.csv"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "[1/1] Uniad" in result.stdout
+    assert "Uniad, batch 2" in result.stderr  # the progress of the passes
+    (folder,) = (tmp_path / "runs" / "efficiency").iterdir()
+    assert {path.name for path in folder.iterdir()} == {"results.csv", "results.md", "latency_accuracy.png"}
+    table = pd.read_csv(folder / "results.csv", index_col="model")
+    assert table.loc["Uniad", ["passes", "image_AUROC"]].tolist() == [2, 0.97]  # the option goes before the file
+    assert table.loc["Uniad", "throughput_2"] > 0
+
+
+def test_failing_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def in_this_process(function: Callable, entry: Entry, settings: Settings) -> dict:
+        if entry.name == "Killed":
+            raise RuntimeError("the process was killed")
+        return function(entry, settings)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "in_own_process", in_this_process)
+    models = [{"class_path": "NoSuchModel"}, UNIAD | {"name": "Killed"}, UNIAD]
+    with pytest.raises(SystemExit) as stop:
+        AnomalibCLI(["efficiency", "--config", str(write(tmp_path, models=models, warmup=0, passes=1, batch_sizes=[]))])
+    assert stop.value.code == 1
+    shown = capsys.readouterr().out
+    assert "NoSuchModel failed: UnknownModelError" in shown
+    assert "Killed failed: the process was killed" in shown
+    (folder,) = (tmp_path / "runs" / "efficiency").iterdir()
+    table = pd.read_csv(folder / "results.csv", index_col="model")
+    assert table.error.isna().to_dict() == {"NoSuchModel": False, "Killed": False, "Uniad": True}
+    assert table.parameters["Uniad"] > 0
+    assert "Traceback" in (folder / "errors.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"models": [UNIAD], "batchsizes": [1]}, "batchsizes"),
+        ({"models": [UNIAD], "passes": 0}, "passes"),
+        ({"models": [UNIAD], "precision": "int8"}, "precision"),
+        ({"passes": 5}, "models"),
+        ({"models": [UNIAD | {"cpkt_path": "x"}]}, "cpkt_path"),
+        ({"models": [UNIAD], "results": "missing.csv"}, "missing.csv"),
+    ],
+)
+def test_wrong_configuration(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    values: dict,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parser = Efficiency.get_parser()
+    with pytest.raises(SystemExit) as stop:
+        Efficiency().run(parser.parse_args(["--config", str(write(tmp_path, **values))]))
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        AnomalibCLI(["efficiency", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--models", "--device", "--precision", "--warmup", "--passes", "--batch_sizes", "--data"):
+        assert option in text
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configuration(path: Path) -> None:
+    arguments = Efficiency.get_parser().parse_args(["--config", str(path), "--device", "cpu"])
+    found = entries(Settings(**{key: value for key, value in vars(arguments).items() if key != "config"}))
+    assert found

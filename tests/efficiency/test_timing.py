@@ -1,0 +1,73 @@
+"""The protocol of the passes."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import InferenceBatch
+from tiny_model import TinyNet
+
+from anomalib_pack.efficiency.timing import inference, latency, pass_times, throughput
+
+CPU = torch.device("cpu")
+
+
+class Recorder(TinyNet):
+    """Notes the images of each call, and takes 20 ms in the first three."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, images):
+        if len(self.calls) < 3:
+            time.sleep(0.02)
+        self.calls.append(images)
+        return super().forward(images)
+
+
+def test_warm_up_is_not_timed() -> None:
+    network = Recorder().eval()
+    one_pass = inference(network, torch.rand(2, 3, 16, 16), CPU)
+    times = pass_times(one_pass, CPU, warmup=3, passes=5, label="")
+    assert times.shape == (5,)
+    assert len(network.calls) == 8
+    assert (times > 0).all()
+    assert np.median(times) < 0.02
+
+
+def test_a_pass_ends_with_the_map_on_the_cpu() -> None:
+    network, images = Recorder().eval(), torch.rand(2, 3, 16, 16)
+    maps = inference(network, images, CPU)()
+    torch.testing.assert_close(maps, network(images).anomaly_map)
+    assert network.calls[0] is images
+
+
+def test_model_without_maps() -> None:
+    scores = torch.rand(2)
+    result = inference(lambda _images: InferenceBatch(pred_score=scores), torch.rand(2, 3, 16, 16), CPU)()
+    assert result is scores
+
+
+def test_latency() -> None:
+    times = np.arange(1, 102) / 1000  # 1 to 101 ms
+    times[0] = 0.102  # the mean feels it
+    found = latency(np.random.default_rng(0).permutation(times))
+    assert found == {"latency_mean_ms": 52.0, "latency_median_ms": 52.0, "latency_p95_ms": 97.0}
+
+
+def test_throughput() -> None:
+    assert throughput(np.full(1000, 0.032), batch_size=16) == 500.0  # Sec. 5: 16 000 by the sum
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_events_see_the_whole_pass() -> None:
+    device = torch.device("cuda")
+    network = TinyNet().eval().to(device)
+    one_pass = inference(network, torch.rand(4, 3, 512, 512), device)
+    start = time.perf_counter()
+    times = pass_times(one_pass, device, warmup=0, passes=20, label="")
+    assert one_pass().device == CPU
+    assert 0 < times.sum() <= time.perf_counter() - start
