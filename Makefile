@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.anomalib-pack-installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-slow lint format clean
 
 demo: $(READY)
 	$(BIN)/anomalib train --config configs/demo.yaml
@@ -16,6 +16,10 @@ demo: $(READY)
 # Whole files go to a process, because their tests share costly fixtures.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# What takes minutes for each test, with time for it.
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 COMMAND_TIMEOUT=1800 $(BIN)/python -m pytest -m slow tests/contract
 
 lint: $(READY)
 	$(BIN)/ruff check .

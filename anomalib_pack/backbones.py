@@ -6,11 +6,12 @@ import importlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.models import is_model, list_models, model_entrypoint
+from timm.models import create_feature_extractor, is_model, list_models, model_entrypoint
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ class FrozenBackbone(nn.Module):
     Args:
         name: Name of a timm network (CNN or ViT).
         layers: Names of the layers as timm's ``feature_info`` gives them, e.g. ``layer2`` (ResNets), ``blocks.4``
-            (EfficientNets, ViTs), ``stages.1`` (ConvNeXt). The features come back in this order.
+            (EfficientNets, ViTs), ``stages.1`` (ConvNeXt), or, for CNNs, of any of the network's modules, e.g.
+            ``layer2.0``. The features come back in this order.
         weights: See :meth:`load_weights`.
 
     Raises:
@@ -51,14 +53,27 @@ class FrozenBackbone(nn.Module):
         super().__init__()
         self.name = name
         self.network = _create(name)
-        info = self.network.feature_info
-        names = [entry["module"] for entry in info]
-        unknown = [layer for layer in layers if layer not in names]
-        if unknown or not layers:
-            msg = f"layers must name layers of {name}, got {list(layers)}. It has: {names}"
+        stages = [entry["module"] for entry in self.network.feature_info]
+        modules = {module for module, _ in self.network.named_modules() if module}
+        if not layers or not modules.union(stages).issuperset(layers):
+            msg = f"layers must name layers of {name}, got {list(layers)}. It has: {stages}, and modules inside them."
             raise ValueError(msg)
+        self.layers = list(layers)
+        config = self.network.pretrained_cfg
+        self.inside_stages = not set(stages).issuperset(layers)
+        if self.inside_stages:
+            self._cut_inside_stages(layers)
+        else:
+            self._cut_between_stages([stages.index(layer) for layer in layers])
 
-        wanted = [names.index(layer) for layer in layers]
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+        self.load_weights(weights)
+        self.requires_grad_(requires_grad=False)
+        self.eval()
+
+    def _cut_between_stages(self, wanted: list[int]) -> None:
+        info = self.network.feature_info
         depth_order = sorted(set(wanted))
         self.order = [depth_order.index(index) for index in wanted]
         self.channels = [info[index]["num_chs"] for index in wanted]
@@ -66,12 +81,16 @@ class FrozenBackbone(nn.Module):
         # timm may renumber what is left after cutting off the layers behind the last one that is needed.
         self.indices = self.network.prune_intermediate_layers(depth_order, prune_norm=True, prune_head=True)
 
-        config = self.network.pretrained_cfg
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
-        self.load_weights(weights)
-        self.requires_grad_(requires_grad=False)
-        self.eval()
+    def _cut_inside_stages(self, layers: Sequence[str]) -> None:
+        # In eval mode, because the graph keeps the mode in which it is recorded.
+        self.network = create_feature_extractor(
+            self.network.eval(), return_nodes=dict(zip(layers, layers, strict=True))
+        )
+        side = 64
+        with torch.no_grad():
+            features = self.network(torch.zeros(1, 3, side, side))
+        self.channels = [features[layer].shape[1] for layer in layers]
+        self.strides = [side // features[layer].shape[2] for layer in layers]
 
     def load_weights(self, weights: str | Path | None) -> None:
         """Load trained weights into the network.
@@ -106,6 +125,11 @@ class FrozenBackbone(nn.Module):
         """Stay in eval mode: BatchNorm statistics and dropout of a frozen network do not change."""
         return super().train(mode=False)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Stay in eval mode also as a copy: copied graphs of layers inside stages are in training mode."""
+        super().__setstate__(state)
+        self.eval()
+
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Extract the features.
@@ -116,13 +140,33 @@ class FrozenBackbone(nn.Module):
         Returns:
             One tensor (B, C_l, H / stride_l, W / stride_l) for each layer, in the order of ``layers``.
         """
+        images = (images - self.mean) / self.std
+        if self.inside_stages:
+            features = self.network(images)  # by name, in the network's order
+            return [features[layer] for layer in self.layers]
         features = self.network.forward_intermediates(
+            images, indices=self.indices, intermediates_only=True, stop_early=True
+        )
+        return [features[position] for position in self.order]
+
+    @torch.no_grad()
+    def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Extract the tokens behind the only block asked for of a ViT with a class token, before any further norm.
+
+        Args:
+            images: RGB in [0, 1], shape (B, 3, H, W).
+
+        Returns:
+            Patch tokens (B, D, H / stride, W / stride) and class tokens (B, D).
+        """
+        [(patches, prefix)] = self.network.forward_intermediates(
             (images - self.mean) / self.std,
             indices=self.indices,
+            return_prefix_tokens=True,
             intermediates_only=True,
             stop_early=True,
         )
-        return [features[position] for position in self.order]
+        return patches, prefix[:, 0]
 
 
 def _create(name: str, head: bool = False) -> nn.Module:

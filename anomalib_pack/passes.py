@@ -6,7 +6,10 @@ depend on their number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from anomalib.data import ImageBatch
@@ -18,6 +21,8 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from tqdm.auto import tqdm
 
 from .checks import naming_unreadable_images
+
+Measures = TypeVar("Measures", bound=NamedTuple)
 
 
 def one_pass(module: AnomalibModule, loader: DataLoader, description: str) -> Iterator[ImageBatch]:
@@ -51,6 +56,41 @@ def one_pass(module: AnomalibModule, loader: DataLoader, description: str) -> It
                 on_device.image = module.pre_processor.transform(on_device.image)
             on_device.image = trainer.precision_plugin.convert_input(on_device.image)
             yield on_device
+
+
+def gathered_pass(
+    module: AnomalibModule,
+    loader: DataLoader,
+    description: str,
+    measure: Callable[[torch.Tensor], Measures],
+) -> Iterator[Measures]:
+    """Measure every image, and give every process all measures.
+
+    Args:
+        module: The model, see :func:`one_pass`.
+        loader: The loader, see there.
+        description: Label of the progress bar.
+        measure: Takes images (n, 3, H, W) and returns a named tuple of tensors with a row for each image, or ``None``.
+
+    Yields:
+        The measures of a batch from each process, in the order of the data set, the same in all processes.
+    """
+    trainer = module.trainer
+    measures = (measure(batch.image) for batch in one_pass(module, loader, description))
+    share: Measures | None = None
+    for _ in range(math.ceil(len(loader.dataset) / trainer.world_size / loader.batch_size)):
+        # A process whose share has one batch less than the first one's takes part without rows.
+        share = next(measures, None) or _map(_no_rows, share)
+        yield _map(partial(gather_shares, module), share)
+    next(measures, None)  # ends the progress bar
+
+
+def _no_rows(rows: torch.Tensor) -> torch.Tensor:
+    return rows[:0]
+
+
+def _map(function: Callable[[torch.Tensor], torch.Tensor], measures: Measures) -> Measures:
+    return measures._make(None if rows is None else function(rows) for rows in measures)
 
 
 def validation_loader(trainer: Trainer) -> DataLoader | list[DataLoader]:

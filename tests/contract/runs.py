@@ -14,6 +14,7 @@ from cases import Case
 
 ANOMALIB = Path(sys.executable).with_name("anomalib")
 SEED = 7
+TIMEOUT = int(os.environ.get("COMMAND_TIMEOUT", "400"))  # seconds
 
 
 def write_config(path: Path, name: str, case: Case, root: Path, results: Path, **trainer) -> Path:
@@ -46,7 +47,7 @@ def run_command(*arguments: str | Path, **environment: str) -> subprocess.Comple
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=TIMEOUT,
         check=False,
     )
 

@@ -14,7 +14,7 @@ from anomalib.data import Folder
 from anomalib.models import AnomalibModule
 from cases import Case
 from PIL import Image
-from runs import SEED, Trained, quiet_engine, run_cli, run_command, write_config, write_model_config
+from runs import SEED, TIMEOUT, Trained, quiet_engine, run_cli, run_command, write_config, write_model_config
 
 from anomalib_pack.data import MVTecLoco
 
@@ -159,7 +159,7 @@ def test_two_processes_measure_what_one_does(
     for devices in (1, 2):
         output = tmp_path / f"{devices}.pt"
         command = [sys.executable, HERE / "ddp.py", name, loco_root, trained.checkpoint, output, str(devices)]
-        run = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500, check=False)
+        run = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=TIMEOUT, check=False)
         assert run.returncode == 0, run.stderr[-3000:]
         results[devices] = load(output)
     for part in ("trained", "validated"):

@@ -1,0 +1,206 @@
+"""Nearest neighbours in a memory bank: exact or approximate, with FAISS on the CPU or the GPU, or in plain PyTorch."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .checks import require
+
+logger = logging.getLogger(__name__)
+
+SEARCHES = ("auto", "faiss", "torch")
+INDICES = ("flat", "ivf", "hnsw")
+TABLE = 2**24  # distances held at a time: 64 MiB
+ROWS = 4096  # queries whose neighbours are gathered at a time
+LINKS = 32  # HNSW: neighbours of a node; FAISS's default
+BEAM = 64  # HNSW: candidates kept while searching; ours, see docs/search.md
+PROBED = 16  # IVF: one in so many cells is searched; ours, see docs/search.md
+
+
+class NearestNeighbors(nn.Module):
+    """A memory bank and the search for the Euclidean nearest neighbours in it.
+
+    The bank is a buffer, so checkpoints hold it and nothing else: an approximate index is built from it when it is
+    first needed, again whenever the bank has changed, and is never pickled. The exact search has no index and makes
+    no copy of the bank. Distances are computed from the neighbours that were found, which is accurate also near zero.
+    An exported program has the exact search in plain tensor operations.
+
+    Args:
+        search: ``"faiss"``, ``"torch"``, or ``"auto"``: FAISS where it is installed for the bank's device.
+        index: ``"flat"`` (exact); for large banks ``"ivf"`` (inverted file) or ``"hnsw"`` (graph), both of FAISS and
+            approximate, see :meth:`recall`.
+
+    Raises:
+        ValueError: If a value is impossible; the message names the argument.
+        ModuleNotFoundError: If FAISS is needed and not installed.
+
+    Example:
+        >>> neighbors = NearestNeighbors("torch")
+        >>> neighbors.bank = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+        >>> distances, indices = neighbors(torch.tensor([[0.0, 1.0], [3.0, 2.0]]))
+        >>> distances.tolist(), indices.tolist()
+        ([[1.0], [2.0]], [[0], [1]])
+    """
+
+    bank: torch.Tensor
+
+    def __init__(
+        self, search: Literal["auto", "faiss", "torch"] = "auto", index: Literal["flat", "ivf", "hnsw"] = "flat"
+    ) -> None:
+        super().__init__()
+        require("search", search, search in SEARCHES, f"one of {SEARCHES}")
+        require("index", index, index in INDICES, f"one of {INDICES}")
+        require("index", index, index == "flat" or search != "torch", "'flat' with search='torch'")
+        if search == "faiss" or index != "flat":
+            import_faiss()
+        self.search = search
+        self.index = index
+        self.register_buffer("bank", torch.empty(0, 0))
+        self._built: tuple[torch.Tensor, int, Any] | None = None  # the bank, its version, the index made of it
+
+    def forward(self, queries: torch.Tensor, k: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the nearest entries of the bank.
+
+        Args:
+            queries: (Q, D), on the bank's device.
+            k: Number of neighbours, at most the bank's entries.
+
+        Returns:
+            Euclidean distances (Q, k), the smallest first, and the entries' indices (Q, k).
+
+        Raises:
+            ValueError: If the bank has fewer than ``k`` entries.
+        """
+        entries = len(self.bank)
+        require("k", k, 1 <= k <= entries, f"at least 1 and at most the number of entries of the bank, {entries}")
+        bank, queries = self.bank.float(), queries.float()
+        if torch.compiler.is_exporting():
+            indices = nearest_in_torch(queries, bank, k)
+            return torch.linalg.vector_norm(queries.unsqueeze(1) - bank[indices], dim=2), indices
+        indices = self._indices(queries.contiguous(), bank, k)
+        distances = [
+            torch.linalg.vector_norm(rows.unsqueeze(1) - bank[found], dim=2)
+            for rows, found in zip(queries.split(ROWS), indices.split(ROWS), strict=True)
+        ]
+        return torch.cat(distances), indices
+
+    @torch.no_grad()
+    def recall(self, queries: torch.Tensor) -> float:
+        """Share of queries (Q, D) for which the index finds an entry as near as the nearest, from 0 to 1."""
+        exact = nearest_in_parts(queries.float(), self.bank.float(), 1)
+        distances = torch.linalg.vector_norm(queries.float() - self.bank[exact[:, 0]].float(), dim=1)
+        found, _ = self(queries)
+        return (found[:, 0] <= distances * (1 + 1e-6)).float().mean().item()
+
+    def _indices(self, queries: torch.Tensor, bank: torch.Tensor, k: int) -> torch.Tensor:
+        if self.index != "flat":
+            return self._approximate(queries, bank, k)
+        if self.search == "torch" or (self.search == "auto" and not faiss_serves(bank.device)):
+            return nearest_in_parts(queries, bank, k)
+        faiss = import_faiss()
+        if bank.is_cuda:
+            require_gpu(faiss)
+            return faiss.knn_gpu(gpu_resources(), queries, bank, k)[1]
+        return torch.from_numpy(faiss.knn(queries.numpy(), bank.numpy(), k)[1])
+
+    def _approximate(self, queries: torch.Tensor, bank: torch.Tensor, k: int) -> torch.Tensor:
+        if self._built is None or self._built[0] is not self.bank or self._built[1] != self.bank._version:
+            self._built = (self.bank, self.bank._version, build_index(bank.cpu(), self.index))
+        found = torch.from_numpy(self._built[2].search(queries.cpu().numpy(), k)[1]).to(bank.device)
+        short = (found < 0).any(dim=1)  # what was searched has fewer than k entries
+        if short.any():
+            found[short] = nearest_in_parts(queries[short], bank, k)
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *arguments: Any) -> None:
+        """Take a bank of any size, as a new tensor: memory that NumPy and FAISS have seen cannot be resized."""
+        stored = state_dict.get(f"{prefix}bank")
+        if stored is not None:
+            self.bank = self.bank.new_empty(stored.shape)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the index, which belongs to FAISS and is built again."""
+        return {**self.__dict__, "_built": None}
+
+
+def nearest_in_torch(queries: torch.Tensor, bank: torch.Tensor, k: int, rows: int | None = None) -> torch.Tensor:
+    """Indices (Q, k) of the nearest entries of a bank (n, D) to queries (Q, D), for ``rows`` queries at a time."""
+    # |q - b|^2 / 2 = |q|^2 / 2 + (|b|^2 / 2 - q b); the first term changes nothing for a query.
+    halves = bank.square().sum(dim=1) / 2
+    chunks = [queries] if rows is None else queries.split(rows)
+    tables = (torch.addmm(halves, chunk, bank.T, alpha=-1) for chunk in chunks)
+    if k == 1:
+        return torch.cat([table.argmin(dim=1, keepdim=True) for table in tables])
+    return torch.cat([table.topk(k, dim=1, largest=False).indices for table in tables])
+
+
+def nearest_in_parts(queries: torch.Tensor, bank: torch.Tensor, k: int) -> torch.Tensor:
+    """The same, with at most ``TABLE`` distances at a time."""
+    return nearest_in_torch(queries, bank, k, max(1, TABLE // len(bank)))
+
+
+def build_index(bank: torch.Tensor, kind: str) -> Any:
+    """Build FAISS's approximate index of a bank (n, D) on the CPU."""
+    faiss = import_faiss()
+    entries, dimension = bank.shape
+    if kind == "hnsw":
+        index = faiss.IndexHNSWFlat(dimension, LINKS)
+        index.hnsw.efSearch = BEAM
+    else:
+        cells = max(1, round(entries**0.5))
+        index = faiss.IndexIVFFlat(faiss.IndexFlatL2(dimension), dimension, cells)
+        index.cp.min_points_per_centroid = 1  # otherwise a warning for small banks
+        index.nprobe = max(1, cells // PROBED)
+        index.train(bank.numpy())
+    index.add(bank.numpy())
+    return index
+
+
+def faiss_serves(device: torch.device) -> bool:
+    """Tell whether FAISS is installed and works on a device."""
+    if find_spec("faiss") is None:
+        return False
+    return device.type == "cpu" or (device.type == "cuda" and hasattr(import_faiss(), "StandardGpuResources"))
+
+
+def import_faiss() -> ModuleType:
+    """Import FAISS.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed; the message says what to install.
+    """
+    try:
+        return import_module("faiss")
+    except ModuleNotFoundError as error:
+        msg = (
+            "This search needs FAISS: pip install 'anomalib-pack[cpu]', or 'anomalib-pack[gpu]' for CUDA. "
+            "search='torch' with index='flat' works without it."
+        )
+        raise ModuleNotFoundError(msg, name="faiss") from error
+
+
+def require_gpu(faiss: ModuleType) -> None:
+    """Check that FAISS can search on a GPU.
+
+    Raises:
+        ModuleNotFoundError: If it is built for the CPU only.
+    """
+    if not hasattr(faiss, "StandardGpuResources"):
+        msg = "search='faiss' on a GPU needs pip install 'anomalib-pack[gpu]'. search='torch' works without it."
+        raise ModuleNotFoundError(msg, name="faiss")
+
+
+@cache
+def gpu_resources() -> Any:
+    """FAISS's scratch memory on the GPU, once for a process as FAISS advises."""
+    import_module("faiss.contrib.torch_utils")  # makes FAISS take CUDA tensors where they are
+    return import_faiss().StandardGpuResources()

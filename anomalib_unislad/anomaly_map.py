@@ -1,0 +1,17 @@
+"""From distances to the anomaly map and the image score (UniSLAD, Sec. III-D, Eqs. 17, 18, 20 and 21)."""
+
+from __future__ import annotations
+
+import torch
+
+
+def class_similarity(tokens: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
+    """w_p of Eq. 17, (B,): largest inner product of class tokens (B, D) with the bank's (n, D), within [0, 1]."""
+    return (tokens @ bank.T).amax(dim=1).clamp(0, 1)
+
+
+def fuse(first: torch.Tensor | None, second: torch.Tensor | None, weight: float | torch.Tensor) -> torch.Tensor | None:
+    """(1 - weight) first + weight second, the form of Eqs. 18, 20 and 21; or the one that there is."""
+    if first is None or second is None:
+        return second if first is None else first
+    return (1 - weight) * first + weight * second

