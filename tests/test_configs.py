@@ -14,9 +14,11 @@ from jsonargparse import Namespace
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 SWEEPS = [path for path in CONFIGS if "benchmark" in yaml.safe_load(path.read_text())]
-COMMANDS = ("efficiency",)  # folders of commands of our own, whose tests have their configurations
+COMMANDS = ("benchmark", "efficiency")  # folders of commands of our own, whose tests have their configurations
 RUNS = [path for path in CONFIGS if path not in SWEEPS and path.parent.name not in COMMANDS]
-WITH_DATA = [path for path in CONFIGS if path.parent.name in COMMANDS and "data" in yaml.safe_load(path.read_text())]
+WITH_DATA = [
+    path for path in CONFIGS if path.parent.name == "efficiency" and "data" in yaml.safe_load(path.read_text())
+]
 
 
 def name_of(path: Path) -> str:

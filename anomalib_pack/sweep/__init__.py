@@ -1,0 +1,21 @@
+"""Many models on many data sets with many seeds: ``anomalib sweep --config configs/benchmark/quick.yaml``.
+
+It is Anomalib's ``Benchmark`` for models that differ in their arguments, one that loses nothing when a job fails or the
+sweep is stopped.
+
+From the outside in::
+
+    pipeline.py     the subcommand: checks, runs the jobs that have no results yet, reports
+    settings.py     what a configuration may say, and the experiments that it stands for
+    grid.py         `grid:` and the keys in which experiments differ
+    components.py   models, data and trainer arguments out of a configuration, as `anomalib train` reads them
+    job.py          one experiment in a process of its own
+    experiment.py   what happens in that process
+    throughput.py   images per second
+    results.py      results.csv
+    tables.py       mean and standard deviation over seeds, as Markdown and on the console
+"""
+
+from anomalib_pack.sweep.pipeline import Sweep
+
+__all__ = ["Sweep"]

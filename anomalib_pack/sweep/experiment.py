@@ -1,0 +1,119 @@
+"""What happens in the process of a job: build, fit, test."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from multiprocessing import connection, parent_process
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Thread
+from typing import Any
+
+from anomalib.engine import Engine
+from lightning import LightningModule, Trainer
+from lightning.pytorch import Callback
+from tqdm import tqdm
+
+from anomalib_pack.callbacks import SeedEverything
+from anomalib_pack.sweep.components import build_component, build_trainer_arguments
+from anomalib_pack.sweep.settings import Experiment
+from anomalib_pack.sweep.throughput import Throughput
+
+STDOUT, STDERR = 1, 2
+
+
+class EpochLines(Callback):
+    """Writes a line after each epoch: progress bars come into a log at the end of the training only."""
+
+    def on_train_epoch_end(self, trainer: Trainer, _pl_module: LightningModule) -> None:
+        """Write it."""
+        tqdm.write(f"Epoch {trainer.current_epoch + 1}, step {trainer.global_step}", file=sys.stderr)
+
+
+def run_or_error(experiment: Experiment, log: Path) -> dict[str, Any]:
+    """Run an experiment; if it fails, return the `error` in one line, and leave its traceback in the log.
+
+    Args:
+        experiment: What to run.
+        log: File that takes all output.
+    """
+    end_with_parent()
+    with _output_to(log):
+        try:
+            return run_experiment(experiment)
+        except (Exception, SystemExit) as error:  # whatever is wrong with one job, the others run
+            with log.open("a", encoding="utf-8") as file:
+                traceback.print_exc(file=file)
+            return {"error": one_line(error)}
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of an error."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def run_experiment(experiment: Experiment) -> dict[str, Any]:
+    """Build model and data, fit and test. As in `anomalib benchmark`, neither checkpoints nor pictures are kept.
+
+    Returns:
+        Durations in seconds, throughput in images per second, and every test metric.
+    """
+    start = time.perf_counter()
+    # First of all, so that the seed controls the initial weights. `anomalib benchmark` seeds after the model is built.
+    seeding, throughput = SeedEverything(experiment.seed), Throughput()
+    model = build_component("model", experiment.model)
+    model.visualizer = None  # pictures are not kept
+    datamodule = build_component("data", experiment.data)
+    arguments = build_trainer_arguments(experiment.trainer)
+    callbacks = [seeding, throughput, EpochLines(), *_as_list(arguments.pop("callbacks", None))]
+    with TemporaryDirectory() as folder:
+        engine = Engine(callbacks, default_root_dir=folder, accelerator=experiment.accelerator, **arguments)
+        fit_start = time.perf_counter()
+        engine.fit(model, datamodule=datamodule)
+        test_start = time.perf_counter()
+        (metrics,) = engine.test(model, datamodule=datamodule)
+        end = time.perf_counter()
+    return {
+        "job_duration": round(end - start, 2),
+        "fit_duration": round(test_start - fit_start, 2),
+        "test_duration": round(end - test_start, 2),
+        "throughput": round(throughput.images_per_second, 3),
+        **metrics,
+    }
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+@cache
+def end_with_parent() -> None:
+    """End this process when the one that waits for it has been killed, instead of keeping the device."""
+    parent = parent_process()
+    if parent is not None:
+        Thread(target=lambda: connection.wait([parent.sentinel]) and os._exit(1), daemon=True).start()
+
+
+@contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Send what the process writes, libraries in C included, to the end of a file."""
+    saved = [os.dup(descriptor) for descriptor in (STDOUT, STDERR)]
+    try:
+        with path.open("ab") as file:
+            os.dup2(file.fileno(), STDOUT)
+            os.dup2(file.fileno(), STDERR)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, original in zip((STDOUT, STDERR), saved, strict=True):
+            os.dup2(original, descriptor)
+            os.close(original)

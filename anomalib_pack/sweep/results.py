@@ -1,0 +1,47 @@
+"""`results.csv`: a row per job, as soon as it has ended."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+FIRST = ["job", "model", "dataset", "row", "error"]
+CONFIG = ("accelerator", "seed", "model.", "data.", "trainer.")  # beginnings of columns
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read all rows; none if the file is not there. What a job does not have is an empty string."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_row(row: dict[str, Any], path: Path) -> None:
+    """Add the row of a job, in place of an earlier one of the same job.
+
+    Jobs on several GPUs end at the same time, so the file is locked. It is replaced as a whole, because another model
+    may bring new columns, and so that a kill leaves the old or the new one.
+    """
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        rows = [old for old in read_rows(path) if old["job"] != row["job"]]
+        rows.append(row)
+        new = path.with_suffix(".new")
+        with new.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, _columns(rows), restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    """All columns: what the job is, its configuration, its results."""
+    found = dict.fromkeys(column for row in rows for column in row if column not in FIRST)
+    config = [column for column in found if column.startswith(CONFIG)]
+    return [*FIRST, *config, *(column for column in found if column not in config)]

@@ -1,0 +1,262 @@
+"""What a configuration of `anomalib sweep` may say, and the experiments that it stands for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from anomalib_pack.sweep.components import check_component, check_keys, check_trainer
+from anomalib_pack.sweep.grid import differences, expand
+
+KEYS = ["models", "data", "seeds", "trainer", "accelerator", "metrics", "benchmark"]
+MODEL_KEYS = ["class_path", "init_args", "trainer", "data_args", "name"]
+DATA_KEYS = ["class_path", "init_args", "name"]
+BENCHMARK_KEYS = ["model", "data", "seed"]  # of a configuration of `anomalib benchmark`
+ACCELERATORS = ["cpu", "cuda"]  # as in `anomalib benchmark`
+CATEGORY = "init_args.category"
+METRICS = ["image_AUROC", "pixel_AUROC", "pixel_AUPRO"]
+SEED_LIMIT = 2**32
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One job: a model, data, a seed, and where it runs.
+
+    Attributes:
+        model: `class_path` and `init_args`.
+        data: `class_path` and `init_args`.
+        trainer: Arguments of the ``Trainer``.
+        seed: Of everything random.
+        accelerator: ``"cpu"`` or ``"cuda"``.
+        model_name: Column in the tables.
+        dataset: The table, one per data set.
+        row: Row in the table, e.g. the category; empty if the data set has one experiment per model and seed.
+    """
+
+    model: Config
+    data: Config
+    trainer: Config
+    seed: int
+    accelerator: str
+    model_name: str
+    dataset: str
+    row: str
+
+    @property
+    def config(self) -> Config:
+        """All that the results depend on; the names in the tables do not count."""
+        names = ("accelerator", "seed", "model", "data", "trainer")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def key(self) -> str:
+        """Hash of the configuration, by which a resumed sweep recognises what it has done."""
+        text = json.dumps(self.config, sort_keys=True, default=str)  # YAML has dates, JSON has none
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def title(self) -> str:
+        """Name for messages."""
+        return f"{self.model_name}, {self.dataset}{f' {self.row}' if self.row else ''}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All experiments in the order in which they run, and the metrics in the tables."""
+
+    experiments: list[Experiment]
+    accelerators: list[str]
+    metrics: list[str]
+
+
+def read_plan(config: Any) -> Plan:
+    """Read a configuration file's content.
+
+    Experiments are the product over accelerators, seeds, data and models, the last of these changing first: after a
+    seed, all tables are complete.
+
+    Raises:
+        ValueError: If anything is unknown, empty, or of a wrong type: the message names the key and what is allowed.
+    """
+    _check_mapping(config, "the configuration")
+    check_keys(config, KEYS, "the configuration")
+    config = _without_benchmark(config) if "benchmark" in config else config
+    accelerators, metrics = _accelerators(config), _metrics(config)
+    models = _models(_list(config.get("models"), "models"), config.get("trainer") or {})
+    data = _data(_list(config.get("data"), "data"))
+    combinations = product(accelerators, _seeds(config), data, models)
+    experiments = [_experiment(*combination, several=len(accelerators) > 1) for combination in combinations]
+    _check_all(experiments)
+    return Plan(experiments, accelerators, metrics)
+
+
+def _experiment(accelerator: str, seed: int, data: Config, model: Config, *, several: bool) -> Experiment:
+    init_args = {**data.get("init_args", {}), **model["data_args"]}
+    return Experiment(
+        model={"class_path": model["class_path"], "init_args": model.get("init_args", {})},
+        data={"class_path": data["class_path"], "init_args": init_args},
+        trainer=model["trainer"],
+        seed=seed,
+        accelerator=accelerator,
+        model_name=f"{model['label']} {accelerator}" if several else model["label"],
+        dataset=data["name"],
+        row=data["label"],
+    )
+
+
+def _without_benchmark(config: Config) -> Config:
+    """Translate the shape that `anomalib benchmark` reads."""
+    taken = [key for key in ("models", "data", "seeds") if key in config]
+    if taken:
+        msg = f"benchmark stands in place of {', '.join(taken)}: give one or the other."
+        raise ValueError(msg)
+    benchmark = config["benchmark"]
+    _check_mapping(benchmark, "benchmark")
+    check_keys(benchmark, BENCHMARK_KEYS, "benchmark")
+    missing = [key for key in BENCHMARK_KEYS if key not in benchmark]
+    if missing:
+        msg = f"benchmark lacks the key {', '.join(missing)}."
+        raise ValueError(msg)
+    rest = {key: value for key, value in config.items() if key != "benchmark"}
+    seeds = expand(benchmark["seed"], "benchmark.seed")
+    models, data = (expand(benchmark[key], f"benchmark.{key}") for key in ("model", "data"))
+    return rest | {"models": models, "data": data, "seeds": seeds}
+
+
+# --- The parts of a configuration ---
+
+
+def _models(given: list[Config], trainer: Config) -> list[Config]:
+    _check_mapping(trainer, "trainer")
+    found = []
+    for position, entry in enumerate(given):
+        where = f"models[{position}]"
+        _check_entry(entry, MODEL_KEYS, where)
+        _check_mapping(entry.get("trainer", {}), f"{where}.trainer")
+        merged = {"data_args": {}, **entry, "trainer": {**trainer, **entry.get("trainer", {})}}
+        found += _expanded(merged, where)
+    return _label(found, _model_labels)
+
+
+def _data(given: list[Config]) -> list[Config]:
+    found = []
+    for position, entry in enumerate(given):
+        where = f"data[{position}]"
+        _check_entry(entry, DATA_KEYS, where)
+        found += _expanded(entry, where)
+    return _label(found, _row_labels)
+
+
+def _expanded(entry: Config, where: str) -> list[Config]:
+    class_path = entry["class_path"]
+    if isinstance(class_path, str):
+        entry = {"name": class_path.rsplit(".", 1)[-1], **entry}
+    found = expand(entry, where)
+    for each in found:  # after the grids, which may give whole mappings
+        for key in ("init_args", "data_args"):
+            _check_mapping(each.get(key, {}), f"{where}.{key}")
+    return found
+
+
+def _label(entries: list[Config], labels: Callable[[str, list[Config]], list[str]]) -> list[Config]:
+    """Add a `label` to each entry that tells those with the same name apart."""
+    by_name = defaultdict(list)
+    for entry in entries:
+        entry.setdefault("name", str(entry["class_path"]).rsplit(".", 1)[-1])  # where a grid gave the class
+        by_name[entry["name"]].append(entry)
+    for name, group in by_name.items():
+        for entry, label in zip(group, labels(name, differences(group)), strict=True):
+            entry["label"] = label
+    return entries
+
+
+def _model_labels(name: str, differing: list[Config]) -> list[str]:
+    return [f"{name} {_text(each)}".strip() for each in differing]
+
+
+def _row_labels(_name: str, differing: list[Config]) -> list[str]:
+    """The categories if they alone tell the data apart, otherwise all that differs."""
+    categories = [str(each.get(CATEGORY, "")) for each in differing]
+    return categories if len(set(categories)) == len(categories) else [_text(each) for each in differing]
+
+
+def _text(differing: Config) -> str:
+    return ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in differing.items())
+
+
+def _seeds(config: Config) -> list[int]:
+    seeds = _list(config.get("seeds", [0]), "seeds")
+    for seed in seeds:
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < SEED_LIMIT:
+            msg = f"seeds must be whole numbers in [0, {SEED_LIMIT - 1}], got {seed!r}."
+            raise ValueError(msg)
+    return seeds
+
+
+def _accelerators(config: Config) -> list[str]:
+    given = config.get("accelerator", "cpu")
+    given = given if isinstance(given, list) else [given]
+    if not given or any(accelerator not in ACCELERATORS for accelerator in given):
+        msg = f"accelerator must be {' or '.join(ACCELERATORS)}, or a list of them, got {config['accelerator']!r}."
+        raise ValueError(msg)
+    return given
+
+
+def _metrics(config: Config) -> list[str]:
+    metrics = _list(config.get("metrics", METRICS), "metrics")
+    if not all(isinstance(metric, str) for metric in metrics):
+        msg = f"metrics must be names like {', '.join(METRICS)}, got {metrics!r}."
+        raise ValueError(msg)
+    return metrics
+
+
+# --- Checks ---
+
+
+def _list(value: Any, key: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        msg = f"{key} must be a list with at least one entry, got {value!r}."
+        raise ValueError(msg)
+    return value
+
+
+def _check_mapping(value: Any, where: str) -> None:
+    if not isinstance(value, dict):
+        msg = f"{where} must be a mapping, got {value!r}."
+        raise ValueError(msg)  # noqa: TRY004  # of a configuration, not of a call
+
+
+def _check_entry(entry: Any, allowed: list[str], where: str) -> None:
+    _check_mapping(entry, where)
+    check_keys(entry, allowed, where)
+    if not isinstance(entry.get("class_path"), str | dict):
+        msg = f"{where} needs a class_path, got {entry.get('class_path')!r}."
+        raise ValueError(msg)  # noqa: TRY004  # likewise
+
+
+def _check_all(experiments: list[Experiment]) -> None:
+    """Check every class with its arguments once, and that no experiment is there twice."""
+    seen: set[str] = set()
+    titles: dict[str, str] = {}
+    for experiment in experiments:
+        checks = (
+            ("model", experiment.model, f"model {experiment.model_name}"),
+            ("data", experiment.data, f"data {experiment.dataset} {experiment.row} of model {experiment.model_name}"),
+            ("trainer", experiment.trainer, f"trainer of model {experiment.model_name}"),
+        )
+        for section, given, where in checks:
+            fingerprint = f"{section} {json.dumps(given, sort_keys=True, default=str)}"
+            if fingerprint not in seen:
+                seen.add(fingerprint)
+                check_trainer(given, where) if section == "trainer" else check_component(section, given, where)
+        if experiment.key in titles:
+            msg = f"{experiment.title} is the same job as {titles[experiment.key]}."
+            raise ValueError(msg)
+        titles[experiment.key] = experiment.title
