@@ -8,12 +8,17 @@ A map, from the outside in::
     _autoload.py        notices when Anomalib is imported; started by the line in `anomalib_pack.pth`
     data/               datamodules, and their images
     backbones.py        frozen features of a timm network
+    neighbors.py        nearest neighbours in a memory bank, exact or approximate
+    coreset.py          what is kept in one
     passes.py           one pass over a data set outside the training loop
     quantiles.py        quantiles of any number of scores
     post_processing.py  scores -> normalised scores and decisions
     metrics/            evaluators that report per group
     callbacks.py        callbacks for any model
     checks.py           checks of arguments and data, before an epoch is wasted
+    defaults.py         what the models choose alike where Anomalib lets a model choose
+    efficiency/         `anomalib efficiency`: latency, throughput, parameters, FLOPs, memory
+    sweep/              `anomalib sweep`: many models, data sets and seeds
 
 A method package (`anomalib_ulsad`, ...) uses these; nothing here knows a method. Import from the modules: this file
 runs whenever Python starts, so it imports nothing else.
