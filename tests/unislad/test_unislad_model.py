@@ -381,7 +381,7 @@ def test_without_faiss(trained: tuple, images: dict, monkeypatch: pytest.MonkeyP
         ({"image_distribution": False}, {"local_bank", "global_bank", "class_bank"}),
         ({"patch_bank": False, "use_vit": False}, {"local_distribution"}),
     ],
-    ids=str,
+    ids=["no_cnn", "no_vit", "no_distributions", "cnn_distribution_alone"],  # sets have no fixed order
 )
 def test_what_is_switched_off_is_not_there(arguments: dict, parts: set[str]) -> None:
     """And takes no memory, neither here nor in checkpoints."""
