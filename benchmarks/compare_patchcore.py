@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--vit", default="vit_small_patch14_dinov2", help="of Unislad")
     parser.add_argument("--vit_layer", type=int, default=8, help="of Unislad")
     parser.add_argument("--vit_weights", default="hub", help="of Unislad")
+    parser.add_argument("--no_whitening", action="store_true", help="of Unislad: without the Mahalanobis transform")
     parser.add_argument("--results", type=Path, default=Path("results/compare_patchcore"))
     arguments = parser.parse_args()
 
@@ -101,6 +102,7 @@ def unislad(arguments: argparse.Namespace, evaluator: GroupEvaluator) -> Anomali
         vit=arguments.vit,
         vit_layer=arguments.vit_layer,
         vit_weights=arguments.vit_weights,
+        whitening=not arguments.no_whitening,
         pre_processor=Unislad.configure_pre_processor((arguments.image_size,) * 2),
         evaluator=evaluator,
     )
