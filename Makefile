@@ -19,7 +19,7 @@ test: $(READY)
 
 # What takes minutes for each test, with time for it.
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 COMMAND_TIMEOUT=1800 $(BIN)/python -m pytest -m slow tests/contract
+	OMP_NUM_THREADS=1 COMMAND_TIMEOUT=1800 $(BIN)/python -m pytest -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

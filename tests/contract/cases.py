@@ -91,7 +91,7 @@ CASES = {
             "final_activation": False,  # these layers' features are as often negative as positive
             "lr": 2e-3,  # ten times the paper's, for a hundredth of its steps
         },
-        epochs=20,
+        epochs=14,
         impossible={
             "feature_dim": 0,
             "lambda_l": -0.1,

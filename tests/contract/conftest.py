@@ -1,5 +1,6 @@
 """Fixtures of the contract suite: each registered model, built, and trained once through the real command."""
 
+import os
 from pathlib import Path
 
 import anomalib.models
@@ -7,6 +8,7 @@ import pytest
 import torch
 from anomalib.models import AnomalibModule
 from cases import CASES, Case, registered_models
+from filelock import FileLock
 from runs import SEED, Trained, run_command, write_config
 
 
@@ -49,11 +51,20 @@ def model(model_class: type[AnomalibModule], case: Case) -> AnomalibModule:
 
 @pytest.fixture(scope="session")
 def trained(name: str, case: Case, loco_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    folder = tmp_path_factory.mktemp(f"trained_{name}")
-    results = folder / "results"
-    config = write_config(folder / "config.yaml", name, case, loco_root, results, check_val_every_n_epoch=case.epochs)
-    run = run_command("train", "--config", config)
-    output = run.stdout + run.stderr
-    assert run.returncode == 0, output[-5000:]
-    latest = results / name / "MVTecLoco" / "tray" / "latest"
-    return Trained(config, latest, latest / "weights" / "lightning" / "model.ckpt", output)
+    """The first process that needs it trains, the others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / f"trained_{name}"
+    config, log = folder / "config.yaml", folder / "output.txt"
+    with FileLock(shared / f"trained_{name}.lock"):
+        if not log.is_file():
+            folder.mkdir(exist_ok=True)
+            every = {"check_val_every_n_epoch": case.epochs}
+            run = run_command(
+                "train", "--config", write_config(config, name, case, loco_root, folder / "results", **every)
+            )
+            output = run.stdout + run.stderr
+            assert run.returncode == 0, output[-5000:]
+            log.write_text(output)
+    latest = folder / "results" / name / "MVTecLoco" / "tray" / "latest"
+    return Trained(config, latest, latest / "weights" / "lightning" / "model.ckpt", log.read_text())

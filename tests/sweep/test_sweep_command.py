@@ -164,6 +164,7 @@ def test_kill_and_resume(here: Path, tray) -> None:
     assert rows["Slow", "", 0]["error"] == ""
 
 
+@pytest.mark.slow
 def test_parallel_jobs_and_a_crash(tmp_path: Path, tray) -> None:
     """Anomalib's parallel runner, with processes that really start; one that dies leaves its worker to the next job."""
     config = {"models": [adjustable("Crash", fail="crash"), TINY], "data": [tray], "trainer": {"max_epochs": 1}}
