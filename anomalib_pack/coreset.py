@@ -17,7 +17,7 @@ POOL_END = 512  # ours: rows of the smallest pool, small enough that a centre's 
 ROWS = 8192  # rows of a distance matrix made at a time
 CHUNK = 2**16  # ours: points chosen from at a time; 256 MiB with 1024 channels
 CHOSEN = -1.0  # in place of a centre's squared distance from itself, so that it is never chosen again
-OVERSAMPLING = 2  # ours: 4 brings the radius hardly down, for twice the memory (benchmarks/coreset.py)
+OVERSAMPLING = 2  # ours: benchmarks/memory_bank.py chunks
 
 
 def k_center_greedy(features: torch.Tensor, size: int, description: str | None = None) -> tuple[torch.Tensor, float]:
