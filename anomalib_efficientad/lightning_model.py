@@ -30,10 +30,10 @@ from anomalib_pack.checks import check_data, check_finite, check_pre_processor, 
 from anomalib_pack.defaults import OneClassDefaults
 from anomalib_pack.passes import gather_shares, one_pass, sum_over_processes, validation_loader
 from anomalib_pack.quantiles import quantiles
+from anomalib_pack.statistics import channel_sums, mean_and_std
 from anomalib_pack.training import LIGHTNING_DEFAULT_EPOCHS, ValidatesAtTheEnd
 
 from .images import ImageFiles, find_images
-from .statistics import channel_sums, mean_and_std
 from .torch_model import DistilledEfficientAdModel
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ A map, from the outside in::
     neighbors.py        nearest neighbours in a memory bank, exact or approximate
     coreset.py          what is kept in one
     passes.py           one pass over a data set outside the training loop
+    statistics.py       mean and deviation of channels over many images
     quantiles.py        quantiles of any number of scores
     post_processing.py  scores -> normalised scores and decisions
     metrics/            evaluators that report per group

@@ -31,6 +31,7 @@ from anomalib_pack.checks import (
 from anomalib_pack.defaults import OneClassDefaults
 from anomalib_pack.passes import gather_shares, one_pass, share_buffers, sum_over_processes, validation_loader
 from anomalib_pack.quantiles import quantiles
+from anomalib_pack.statistics import channel_sums, mean_and_std
 from anomalib_pack.training import ValidatesAtTheEnd, train_for_paper_epochs
 
 from .loss import UlsadLoss
@@ -156,20 +157,13 @@ class Ulsad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
 
     @torch.no_grad()
     def _measure_channel_statistics(self, loader: DataLoader) -> None:
-        # Population variance from float64 sums: count, sum and sum of squares for each channel.
-        device = "cpu" if self.device.type == "mps" else self.device  # MPS has no float64
-        sums = torch.zeros(3, self.model.feature_dim, dtype=torch.float64, device=device)
+        sums = 0
         for batch in one_pass(self, loader, "Channel statistics"):
-            features = self.model.raw_features(batch.image).to(device).double()
-            sums[0] += features[:, 0].numel()
-            sums[1] += features.sum(dim=(0, 2, 3))
-            sums[2] += features.square().sum(dim=(0, 2, 3))
-        count, total, squares = sum_over_processes(self, sums)
-        mean = total / count
-        std = (squares / count - mean.square()).clamp_min(0).sqrt()
-        self.model.feature_mean.copy_(mean.view(1, -1, 1, 1))
+            sums = sums + channel_sums(self.model.raw_features(batch.image))
         # Ours: a channel that never changes carries no information; dividing by 1 keeps it finite.
-        self.model.feature_std.copy_(torch.where(std > 0, std, 1).view(1, -1, 1, 1))
+        mean, std = mean_and_std(sum_over_processes(self, sums))
+        self.model.feature_mean.copy_(mean)
+        self.model.feature_std.copy_(std)
 
     def training_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
         """Compute the losses of Algorithm 1 (lines 9 to 19).

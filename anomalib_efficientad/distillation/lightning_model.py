@@ -18,8 +18,8 @@ from lightning import LightningModule
 from torch.nn import functional as F  # noqa: N812
 from tqdm.auto import tqdm
 
-from anomalib_efficientad.statistics import channel_sums, mean_and_std
 from anomalib_pack.checks import require
+from anomalib_pack.statistics import channel_sums, mean_and_std
 
 from .torch_model import PatchFeatures
 

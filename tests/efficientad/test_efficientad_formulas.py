@@ -11,8 +11,8 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_efficientad.distillation import PatchFeatures, TeacherDistillation
 from anomalib_efficientad.distillation.command import TwoSizes
 from anomalib_efficientad.distillation.torch_model import averaging, patch_kernels
-from anomalib_efficientad.statistics import channel_sums, mean_and_std
 from anomalib_pack.backbones import FrozenBackbone
+from anomalib_pack.statistics import channel_sums, mean_and_std
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

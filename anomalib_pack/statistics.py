@@ -1,4 +1,4 @@
-"""Mean and standard deviation of each channel over many images, in one pass (Alg. 1, lines 3 to 10; Alg. 3, 2 to 12).
+"""Mean and standard deviation of each channel over many images, in one pass.
 
 Sums in float64 keep all digits of float32 features as long as a mean is not ten thousand times its deviation.
 """
