@@ -7,14 +7,13 @@ adds the point farthest from all centres so far. Its covering radius is at most 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from tqdm.auto import tqdm
 
-POOL_SHARE = 16  # ours: a pool is this part of its level; each pool then lasts for tens of centres
-POOL_END = 512  # ours: rows of the smallest pool, small enough that a centre's step stays in the processor's cache
-ROWS = 8192  # rows of a distance matrix made at a time
+POOL_SHARE = 3  # ours: a pool is one part in so many of its points
+POOL_END = 512  # ours: points of the smallest pool, few enough that a centre's step stays in the processor's cache
+ROWS = 1024  # ours: points updated at a time, for the same reason
 CHUNK = 2**16  # ours: points chosen from at a time; 256 MiB with 1024 channels
 CHOSEN = -1.0  # in place of a centre's squared distance from itself, so that it is never chosen again
 OVERSAMPLING = 2  # ours: benchmarks/memory_bank.py chunks
@@ -26,7 +25,8 @@ def k_center_greedy(features: torch.Tensor, size: int, description: str | None =
     The choice is that of the plain algorithm, which updates every point's distance after each centre. Distances only
     shrink, so as long as the farthest point of a pool of far points is farther than all others were when last updated,
     it is the next centre. The others are updated for many centres at once, which is a matrix product instead of a
-    matrix-vector product for each. Pools have pools of their own.
+    matrix-vector product for each, and those that the coreset has covered by then are never updated again. Pools have
+    pools of their own.
 
     The first centre is the point farthest from the mean, so no random number is needed.
 
@@ -48,79 +48,81 @@ def k_center_greedy(features: torch.Tensor, size: int, description: str | None =
         ([3, 0], 2.0)
     """
     with tqdm(total=size, desc=description, disable=description is None) as progress:
-        centers = _Centers(features, size, progress)
-        points = _Points(
-            features=features,
-            squares=torch.linalg.vector_norm(features, dim=1).square(),
-            indices=torch.arange(len(features), device=features.device),
-            distances=features.new_full((len(features),), torch.inf),
-        )
-        points.distances[centers.chosen[0]] = CHOSEN
-        points.update(centers)
-        points.choose(centers, bound=0.0)
-    if centers.count < size:  # distances that are not numbers are no farther than anything
+        selection = _Selection(features, size, progress)
+        selection.run()
+    if selection.count < size:  # distances that are not numbers are no farther than anything
         msg = "A coreset needs finite features. Check the network's weights, or use 32-bit precision."
         raise ValueError(msg)
-    return centers.chosen, points.distances.max().clamp_min(0).sqrt().item()
+    return selection.chosen, selection.distances.max().clamp_min(0).sqrt().item()
 
 
-class _Centers:
-    """The centres chosen so far, with a copy of their features in the order of choice."""
+class _Selection:
+    """The centres chosen so far, and every point's squared distance from the nearest of those it was compared with."""
 
     def __init__(self, features: torch.Tensor, size: int, progress: tqdm) -> None:
-        self.features = features.new_empty(size, features.shape[1])
-        self.squares = features.new_empty(size)
+        self.features = features
+        self.squares = torch.linalg.vector_norm(features, dim=1).square()
+        self.distances = torch.full_like(self.squares, torch.inf)
         self.chosen = torch.empty(size, dtype=torch.long, device=features.device)
         self.size, self.count, self.progress = size, 0, progress
-        first = (features - features.mean(dim=0)).square().sum(dim=1).argmax()
-        self.add(first, features[first])
 
-    def add(self, index: torch.Tensor, feature: torch.Tensor) -> None:
-        self.chosen[self.count] = index
-        self.features[self.count] = feature
-        self.squares[self.count] = feature.square().sum()
+    def run(self) -> None:
+        """Choose all centres."""
+        points = torch.arange(len(self.features), device=self.features.device)
+        first = torch.addmv(self.squares, self.features, self.features.mean(dim=0), alpha=-2).argmax()
+        self.add(first)
+        self.distances[first] = CHOSEN
+        self.update(points, known=0)
+        self.choose(points, known=1, bound=0.0)
+
+    def add(self, point: torch.Tensor) -> None:
+        self.chosen[self.count] = point
         self.count += 1
         self.progress.update()
 
+    def choose(self, points: torch.Tensor, known: int, bound: float) -> None:
+        """Choose centres among points as long as the farthest has at least the squared distance ``bound``.
 
-@dataclass
-class _Points:
-    """Points with their squared distances from the nearest of the first ``known`` centres."""
+        On return the largest of their distances is exact or below ``bound``; the others are upper limits.
 
-    features: torch.Tensor  # (n, D)
-    squares: torch.Tensor  # (n,)
-    indices: torch.Tensor  # (n,), among all points
-    distances: torch.Tensor  # (n,)
-    known: int = 0
+        Args:
+            points: Indices, (n,).
+            known: Number of the centres these points were compared with.
+            bound: What the squared distances of all other points are at most.
+        """
+        if len(points) <= POOL_END:
+            self.choose_one_by_one(points, bound)
+            return
+        while self.count < self.size and self.distances[points].max() >= bound:
+            distances, order = self.distances[points].sort(descending=True)
+            pool, others = points[order].tensor_split([len(points) // POOL_SHARE])
+            pool_bound = max(bound, distances[len(pool)].item())
+            self.choose(pool, known, pool_bound)
+            if self.count == self.size and self.distances[pool].max() >= pool_bound:
+                return
+            self.update(others, known)
+            known = self.count
 
-    def choose(self, centers: _Centers, bound: float) -> None:
-        """Choose centres among these points as long as the farthest has at least the squared distance ``bound``."""
-        while centers.count < centers.size and self.distances.max() >= bound:
-            if len(self.features) > POOL_END:
-                self.choose_from_pool(centers, bound)
-            else:
-                farthest = self.distances.argmax()
-                centers.add(self.indices[farthest], self.features[farthest])
-                self.distances[farthest] = CHOSEN
-            self.update(centers)
+    def choose_one_by_one(self, points: torch.Tensor, bound: float) -> None:
+        """The same with distances updated after each centre."""
+        features, squares, distances = self.features[points], self.squares[points], self.distances[points]
+        largest, farthest = distances.max(dim=0)
+        while self.count < self.size and largest >= bound:
+            self.add(points[farthest])
+            new = torch.addmv(squares + squares[farthest], features, features[farthest], alpha=-2)
+            distances = torch.minimum(distances, new.clamp_min_(0))
+            distances[farthest] = CHOSEN
+            largest, farthest = distances.max(dim=0)
+        self.distances[points] = distances
 
-    def choose_from_pool(self, centers: _Centers, bound: float) -> None:
-        """The same among the farthest of the points, as long as no other one can be farther."""
-        distances, farthest = self.distances.topk(len(self.features) // POOL_SHARE + 1)
-        members = farthest[:-1]
-        pool = _Points(self.features[members], self.squares[members], self.indices[members], distances[:-1], self.known)
-        pool.choose(centers, max(bound, distances[-1].item()))
-        self.distances[members] = pool.distances
-
-    def update(self, centers: _Centers) -> None:
-        """Take the centres into account that were chosen since the last update."""
-        new = slice(self.known, centers.count)
-        for start in range(0, len(self.features), ROWS):
-            rows = slice(start, start + ROWS)
-            products = torch.addmm(centers.squares[new], self.features[rows], centers.features[new].T, alpha=-2)
+    def update(self, points: torch.Tensor, known: int) -> None:
+        """Compare points with the centres chosen since there were ``known`` of them."""
+        centers = self.chosen[known : self.count]
+        features, squares = self.features[centers].T, self.squares[centers]
+        for rows in points.split(ROWS):
+            products = torch.addmm(squares, self.features.index_select(0, rows), features, alpha=-2)
             nearest = (products.amin(dim=1) + self.squares[rows]).clamp_min_(0)
             self.distances[rows] = torch.minimum(self.distances[rows], nearest)
-        self.known = centers.count
 
 
 class ChunkedCoreset:
