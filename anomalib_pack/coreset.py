@@ -6,17 +6,14 @@ adds the point farthest from all centres so far. Its covering radius is at most 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from tqdm.auto import tqdm
 
 POOL_SHARE = 3  # ours: a pool is one part in so many of its points
 POOL_END = 512  # ours: points of the smallest pool, few enough that a centre's step stays in the processor's cache
 ROWS = 1024  # ours: points updated at a time, for the same reason
-CHUNK = 2**16  # ours: points chosen from at a time; 256 MiB with 1024 channels
+CHUNK = 2**15  # ours: points chosen from at a time, or up to twice as many; 128 MiB with 1024 channels
 CHOSEN = -1.0  # in place of a centre's squared distance from itself, so that it is never chosen again
-OVERSAMPLING = 2  # ours: benchmarks/memory_bank.py chunks
 
 
 def k_center_greedy(features: torch.Tensor, size: int, description: str | None = None) -> tuple[torch.Tensor, float]:
@@ -128,13 +125,12 @@ class _Selection:
 class ChunkedCoreset:
     """Coreset of points that come in parts and need not fit into memory together.
 
-    Points are collected to chunks of ``CHUNK``. From each chunk ``OVERSAMPLING`` times as many are kept as the coreset
-    will have of it; the coreset is chosen among these. Memory is that of a chunk and of ``OVERSAMPLING`` + 1 coresets.
-    A single chunk needs no first choice.
+    Points are collected to chunks of ``CHUNK``, of which each gives its share to the coreset by the greedy algorithm.
+    The last chunk may have up to twice as many. Memory is that of two chunks and of the coreset.
 
-    With r_1 the largest covering radius of the chunks' choices and r_2 that of the second choice among the points kept,
-    every point lies within r_1 + r_2 of the coreset. As r_2 is at most twice the smallest possible radius (Gonzalez),
-    the radius is at most r_1 plus twice that of a coreset chosen from all points at once.
+    The coreset's covering radius is at most the largest of the chunks', which is known. A chunk's is at most twice the
+    smallest possible one for its share (Gonzalez); beside a coreset chosen from all points at once,
+    ``benchmarks/memory_bank.py chunks`` has figures, also for choosing once more among what the chunks gave.
 
     Args:
         ratio: Share of the points to keep, above 0 and up to 1.
@@ -159,36 +155,30 @@ class ChunkedCoreset:
         """Take points (n, D). Where the parts begin and end makes no difference."""
         self.seen += len(points)
         self.waiting.append(points)
-        while (count := sum(map(len, self.waiting))) > CHUNK:
+        while (count := sum(map(len, self.waiting))) >= 2 * CHUNK:
             chunk, rest = torch.cat(self.waiting).split([CHUNK, count - CHUNK])
-            self._keep(chunk)
             self.waiting = [rest.clone()]
+            self._keep(chunk, seen=self.seen - len(rest))
 
-    def _keep(self, chunk: torch.Tensor) -> None:
-        size = math.ceil(OVERSAMPLING * self.ratio * len(chunk))
+    def _keep(self, chunk: torch.Tensor, seen: int, description: str | None = None) -> None:
+        """Choose as many of a chunk as are missing after so many points were seen."""
+        size = max(1, int(self.ratio * seen) - sum(map(len, self.kept)))
         if size < len(chunk):
-            chosen, radius = k_center_greedy(chunk, size)
+            chosen, radius = k_center_greedy(chunk, size, description)
             self.radius = max(self.radius, radius)
             chunk = chunk[chosen]
         self.kept.append(chunk)
 
     def select(self, description: str | None = None) -> tuple[torch.Tensor, float]:
-        """Choose the coreset.
+        """Choose from the last points, and put the coreset together.
 
         Args:
             description: Label of a progress bar; none without.
 
         Returns:
-            The coreset (K, D) with K = floor(ratio * number of points), at least 1, and the upper bound r_1 + r_2 of
-            its covering radius.
+            The coreset (K, D), where K = floor(ratio * number of points), but at least 1 of each chunk, and an upper
+            bound of its covering radius.
         """
-        if self.kept:
-            self._keep(torch.cat(self.waiting))
-            self.waiting = self.kept
-        points = torch.cat(self.waiting)
-        self.waiting, self.kept = [], []
-        size = max(1, int(self.ratio * self.seen))
-        if size >= len(points):
-            return points, self.radius
-        chosen, radius = k_center_greedy(points, size, description)
-        return points[chosen], self.radius + radius
+        last, self.waiting = torch.cat(self.waiting), []
+        self._keep(last, self.seen, description)
+        return torch.cat(self.kept), self.radius

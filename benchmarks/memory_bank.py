@@ -3,7 +3,7 @@
     python benchmarks/memory_bank.py coreset --points 20000 --ratio 0.05
     python benchmarks/memory_bank.py coreset --points 200000 --ratio 0.01 --repeats 1
     python benchmarks/memory_bank.py coreset --points 20000 --ratio 0.05 --noise
-    python benchmarks/memory_bank.py chunks --points 200000 --ratio 0.05
+    python benchmarks/memory_bank.py chunks --points 350000 --ratio 0.02
     python benchmarks/memory_bank.py memory
     python benchmarks/memory_bank.py search --entries 10000
     python benchmarks/memory_bank.py search --entries 100000
@@ -26,7 +26,6 @@ import torch
 from anomalib.models.components.sampling import KCenterGreedy
 from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 
-from anomalib_pack import coreset
 from anomalib_pack.coreset import ChunkedCoreset, k_center_greedy
 from anomalib_pack.data import SyntheticLoco
 from anomalib_pack.neighbors import NearestNeighbors
@@ -106,26 +105,39 @@ def compare_coresets(arguments: argparse.Namespace) -> None:
 
 
 def compare_chunks(arguments: argparse.Namespace) -> None:
-    """Radius of coresets chosen in chunks beside that of one chosen from all points."""
-    points = features(arguments, arguments.points)
-    _, radius = k_center_greedy(points, int(len(points) * arguments.ratio))
-    print("| selection | covering radius | stated bound |\n|---|---|---|")
-    print(f"| all points at once | {radius:.3f} | |")
-    for oversampling in (1, 2, 4):
-        coreset.OVERSAMPLING = oversampling
-        chunked = ChunkedCoreset(arguments.ratio)
-        chunked.add(points)
-        chosen, bound = chunked.select()
-        print(f"| {oversampling} times as many from each chunk | {covering_radius(points, chosen):.3f} | {bound:.3f} |")
+    """Radius of coresets chosen in chunks beside that of one chosen from all points, images in their order."""
+    count = -(-arguments.points // QUERIES)
+    points = torch.cat(list(patches(arguments.root, count)))[: arguments.points]
+    size = int(len(points) * arguments.ratio)
+    _, radius = k_center_greedy(points, size)
+    print(
+        f"{len(points)} x {points.shape[1]} -> {size}\n\n| selection | covering radius | known bound |\n|---|---|---|"
+    )
+    print(f"| all points at once | {radius:.2f} | {radius:.2f} |")
+    chosen, bound = chunked(points, arguments.ratio)
+    print(f"| each chunk's share (ChunkedCoreset) | {covering_radius(points, chosen):.2f} | {bound:.2f} |")
+    for times in (2, 4):
+        candidates, first = chunked(points, times * arguments.ratio)
+        second_choice, second = k_center_greedy(candidates, size)
+        radius = covering_radius(points, candidates[second_choice])
+        print(f"| {times} times the share, then all of these at once | {radius:.2f} | {first + second:.2f} |")
+
+
+def chunked(points: torch.Tensor, ratio: float) -> tuple[torch.Tensor, float]:
+    """Coreset chosen chunk by chunk, and the bound of its radius."""
+    selection = ChunkedCoreset(ratio)
+    for part in points.split(QUERIES):
+        selection.add(part)
+    return selection.select()
 
 
 def measure_memory(arguments: argparse.Namespace) -> None:
     """Peak memory of a pass and a selection, for 50, 200 and 800 images, each in a process of its own."""
     if arguments.images:
-        chunked = ChunkedCoreset(arguments.ratio)
+        selection = ChunkedCoreset(arguments.ratio)
         for rows in patches(arguments.root, arguments.images):
-            chunked.add(rows)
-        bank, _ = chunked.select()
+            selection.add(rows)
+        bank, _ = selection.select()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, bank.nbytes / 2**20)
         return
     print("| images | all features, MiB | bank, MiB | peak of the process, MiB |\n|---|---|---|---|")
