@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, RandomGrayscale, Resi
 from anomalib_pack.backbones import load_fitting, read_state_dict
 from anomalib_pack.checks import check_data, check_finite, check_pre_processor, require
 from anomalib_pack.defaults import OneClassDefaults
-from anomalib_pack.passes import gather_shares, one_pass, sum_over_processes, validation_loader
+from anomalib_pack.passes import measures_of_normal_images, one_pass, sum_over_processes, validation_loader
 from anomalib_pack.quantiles import quantiles
 from anomalib_pack.statistics import channel_sums, mean_and_std
 from anomalib_pack.training import LIGHTNING_DEFAULT_EPOCHS, ValidatesAtTheEnd
@@ -220,21 +220,18 @@ class DistilledEfficientAd(ValidatesAtTheEnd, OneClassDefaults, EfficientAd, Ano
         Raises:
             ValueError: If there are none.
         """
-        maps, labels = [], []
-        for batch in one_pass(self, dataloader, "Quantiles of normal maps"):
-            maps.append(torch.cat(self.model.get_maps(batch.image), dim=1))  # (B, 2, H, W)
-            labels.append(batch.gt_label)
-        normal = gather_shares(self, torch.cat(labels)) == 0
-        if not normal.any():
-            msg = "The validation set has no normal images, which are needed to normalise anomaly maps."
-            raise ValueError(msg)
-        student, autoencoder = gather_shares(self, torch.cat(maps))[normal].unbind(dim=1)
+        maps = measures_of_normal_images(self, dataloader, "Quantiles of normal maps", self._maps)
+        student, autoencoder = maps.unbind(dim=1)
         result = {}
         for name, values in (("st", student), ("ae", autoencoder)):
             lower, upper = quantiles(values, QUANTILES)
             result[f"qa_{name}"] = lower
             result[f"qb_{name}"] = upper if upper > lower else lower + 0.1  # 0.1: a constant map is only shifted
         return result
+
+    def _maps(self, images: torch.Tensor) -> torch.Tensor:
+        """Maps of student and autoencoder, (n, 2, H, W)."""
+        return torch.cat(self.model.get_maps(images), dim=1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam on student and autoencoder, whose rate drops once (Alg. 1, lines 11 and 40 to 42).

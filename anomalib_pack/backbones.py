@@ -38,7 +38,8 @@ class FrozenBackbone(nn.Module):
         weights: See :meth:`load_weights`.
 
     Raises:
-        ValueError: If timm does not know ``name`` or the network has no such layer; the message lists what there is.
+        ValueError: If timm does not know ``name``, the network has no such layer (the message lists what there is), or
+            the layer gives no feature map.
 
     Example:
         >>> backbone = FrozenBackbone("resnet18", ["layer2", "layer3"], weights=None)
@@ -89,6 +90,10 @@ class FrozenBackbone(nn.Module):
         side = 64
         with torch.no_grad():
             features = self.network(torch.zeros(1, 3, side, side))
+        for layer, feature in features.items():
+            if feature.ndim != 4 or feature.shape[2] != feature.shape[3] or side % feature.shape[2]:
+                msg = f"layers must give maps (B, C, H, W), but {layer} of {self.name} gives {tuple(feature.shape)}."
+                raise ValueError(msg)
         self.channels = [features[layer].shape[1] for layer in layers]
         self.strides = [side // features[layer].shape[2] for layer in layers]
 

@@ -85,6 +85,38 @@ def gathered_pass(
     next(measures, None)  # ends the progress bar
 
 
+def measures_of_normal_images(
+    module: AnomalibModule,
+    loader: DataLoader,
+    description: str,
+    measure: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Measure the normal images of a validation set, and give every process all measures.
+
+    Args:
+        module: The model, see :func:`one_pass`.
+        loader: The loader, see there.
+        description: Label of the progress bar.
+        measure: Takes images (n, 3, H, W) and returns a row for each.
+
+    Returns:
+        The rows of the normal images, in the order of the data set.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    rows: list[torch.Tensor] = []
+    labels: list[torch.Tensor] = []
+    for batch in one_pass(module, loader, description):
+        rows.append(measure(batch.image))
+        labels.append(batch.gt_label)
+    normal = gather_shares(module, torch.cat(labels)) == 0
+    if not normal.any():
+        msg = "The validation set has no normal images, which are needed to normalise scores and maps."
+        raise ValueError(msg)
+    return gather_shares(module, torch.cat(rows))[normal]
+
+
 def _no_rows(rows: torch.Tensor) -> torch.Tensor:
     return rows[:0]
 

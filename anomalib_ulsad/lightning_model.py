@@ -29,7 +29,13 @@ from anomalib_pack.checks import (
     require,
 )
 from anomalib_pack.defaults import OneClassDefaults
-from anomalib_pack.passes import gather_shares, one_pass, share_buffers, sum_over_processes, validation_loader
+from anomalib_pack.passes import (
+    measures_of_normal_images,
+    one_pass,
+    share_buffers,
+    sum_over_processes,
+    validation_loader,
+)
 from anomalib_pack.quantiles import quantiles
 from anomalib_pack.statistics import channel_sums, mean_and_std
 from anomalib_pack.training import ValidatesAtTheEnd, train_for_paper_epochs
@@ -188,20 +194,15 @@ class Ulsad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
             ValueError: If there are none.
         """
         share_buffers(self)
-        maps: list[BranchMaps] = []
-        labels: list[torch.Tensor] = []
-        for batch in one_pass(self, validation_loader(self.trainer), "Quantiles of normal maps"):
-            maps.append(self.model.raw_maps(batch.image))
-            labels.append(batch.gt_label)
-        normal = gather_shares(self, torch.cat(labels)) == 0
-        if not normal.any():
-            msg = "The validation set has no normal images, which are needed to normalise anomaly maps."
-            raise ValueError(msg)
-        structural = gather_shares(self, torch.cat([batch_maps.structural for batch_maps in maps]))
-        self.model.structural_quantiles.copy_(quantiles(structural[normal], self.probabilities))
+        loader = validation_loader(self.trainer)
+        maps = measures_of_normal_images(self, loader, "Quantiles of normal maps", self._raw_maps)
+        self.model.structural_quantiles.copy_(quantiles(maps[:, 0], self.probabilities))
         if self.model.autoencoder is not None:
-            logical = gather_shares(self, torch.cat([batch_maps.logical for batch_maps in maps]))
-            self.model.logical_quantiles.copy_(quantiles(logical[normal], self.probabilities))
+            self.model.logical_quantiles.copy_(quantiles(maps[:, 1], self.probabilities))
+
+    def _raw_maps(self, images: torch.Tensor) -> torch.Tensor:
+        """Maps of the branches before Sec. 3.5, (n, branches, H, W)."""
+        return torch.cat([branch for branch in self.model.raw_maps(images) if branch is not None], dim=1)
 
     def validation_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
         """Predict scores and maps of a batch."""

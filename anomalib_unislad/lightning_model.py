@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import Compose, Resize
 from anomalib_pack.checks import check_normal_validation_images, check_pre_processor, check_training_images, require
 from anomalib_pack.coreset import ChunkedCoreset
 from anomalib_pack.defaults import OneClassDefaults
-from anomalib_pack.passes import gather_shares, gathered_pass, one_pass, validation_loader
+from anomalib_pack.passes import gathered_pass, measures_of_normal_images, validation_loader
 from anomalib_pack.training import ValidatesAtTheEnd
 
 from .torch_model import BLOCKS, Features, UnisladModel, Vectors
@@ -233,23 +233,19 @@ class Unislad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         """
         if not self.normalize_scores:
             return
-        scores: list[torch.Tensor] = []
-        labels: list[torch.Tensor] = []
-        for batch in one_pass(self, validation_loader(self.trainer), "Scores of normal images"):
-            features = self._extract(batch.image)
-            raw = self.model.raw_scores(features, self.model.patch_map(features))
-            used = next(score for score in raw if score is not None)
-            scores.append(torch.stack([torch.zeros_like(used) if score is None else score for score in raw], dim=1))
-            labels.append(batch.gt_label)
-        normal = gather_shares(self, torch.cat(labels)) == 0
-        if not normal.any():
-            msg = "The validation set has no normal images, which are needed to bring the scores to one scale."
-            raise ValueError(msg)
-        rows = gather_shares(self, torch.cat(scores))[normal]  # (n, 4)
+        loader = validation_loader(self.trainer)
+        rows = measures_of_normal_images(self, loader, "Scores of normal images", self._raw_scores)
         std = rows.std(dim=0, correction=0)
         self.model.score_mean.copy_(rows.mean(dim=0))
         # Ours: a score that never changes, as with a single image, keeps its scale.
         self.model.score_std.copy_(torch.where(std > 0, std, 1))
+
+    def _raw_scores(self, images: torch.Tensor) -> torch.Tensor:
+        """Scores before Step 8, (n, 4); 0 for those that are switched off."""
+        features = self._extract(images)
+        scores = self.model.raw_scores(features, self.model.patch_map(features))
+        used = next(score for score in scores if score is not None)
+        return torch.stack([torch.zeros_like(used) if score is None else score for score in scores], dim=1)
 
     def validation_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
         """Predict scores and maps of a batch."""

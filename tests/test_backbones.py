@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -166,6 +167,18 @@ def test_modules_inside_stages_in_another_order() -> None:
     backward = FrozenBackbone("resnet18", ["layer2.1", "layer1.0"], None)
     for ours, theirs in zip(backward(IMAGES), forward(IMAGES)[::-1], strict=True):
         torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "shape"),
+    [
+        ("resnet18", ["layer2", "global_pool"], "(1, 512)"),
+        ("vit_tiny_patch16_224", ["blocks.1.mlp"], "(1, 17, 192)"),
+    ],
+)
+def test_modules_without_feature_maps(name: str, layers: list[str], shape: str) -> None:
+    with pytest.raises(ValueError, match=f"{re.escape(layers[-1])} of {name} gives {re.escape(shape)}"):
+        FrozenBackbone(name, layers, weights=None)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ from jsonargparse import Namespace
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 SWEEPS = [path for path in CONFIGS if "benchmark" in yaml.safe_load(path.read_text())]
-COMMANDS = ("benchmark", "efficiency")  # folders of commands of our own, whose tests have their configurations
-RUNS = [path for path in CONFIGS if path not in SWEEPS and path.parent.name not in COMMANDS]
+RUNS = [path for path in CONFIGS if "model" in yaml.safe_load(path.read_text())]
 WITH_DATA = [
     path for path in CONFIGS if path.parent.name == "efficiency" and "data" in yaml.safe_load(path.read_text())
 ]

@@ -10,8 +10,8 @@ from anomalib.engine import Engine
 from anomalib.models import AnomalibModule, get_model
 from torch import Size
 
-from anomalib_pack.efficiency.process import in_own_process
 from anomalib_pack.efficiency.settings import Entry
+from anomalib_pack.process import in_own_process
 
 
 def build(entry: Entry, device: str) -> tuple[AnomalibModule, list[str]]:

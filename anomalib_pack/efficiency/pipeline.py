@@ -14,9 +14,9 @@ from rich.console import Console
 from anomalib_pack.efficiency.accuracy import read_accuracy
 from anomalib_pack.efficiency.measurement import measure_or_error
 from anomalib_pack.efficiency.plot import plot_latency
-from anomalib_pack.efficiency.process import in_own_process
 from anomalib_pack.efficiency.report import console_table, short_error, write_csv, write_markdown
 from anomalib_pack.efficiency.settings import Entry, Settings, entries
+from anomalib_pack.process import in_own_process
 
 
 class Efficiency(Pipeline):

@@ -14,7 +14,7 @@ from anomalib.pipelines.types import PREV_STAGE_RESULT
 from anomalib.utils.config import flatten_dict
 from tqdm import tqdm
 
-from anomalib_pack.efficiency.process import in_own_process
+from anomalib_pack.process import in_own_process
 from anomalib_pack.sweep.experiment import end_with_parent, one_line, run_or_error
 from anomalib_pack.sweep.results import write_row
 from anomalib_pack.sweep.settings import Experiment

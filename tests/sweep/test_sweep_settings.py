@@ -11,7 +11,7 @@ from anomalib_pack.sweep.grid import expand
 from anomalib_pack.sweep.settings import read_plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-OWN = sorted((CONFIGS / "benchmark").glob("*.yaml"))
+OWN = [*sorted((CONFIGS / "benchmark").glob("*.yaml")), CONFIGS / "unislad" / "table3.yaml"]
 STOCK = [path for path in sorted(CONFIGS.rglob("*.yaml")) if "benchmark" in yaml.safe_load(path.read_text())]
 
 

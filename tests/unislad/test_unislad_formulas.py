@@ -385,16 +385,18 @@ def fused(scores: dict[str, float], w_i: float, w_ig: float, w: float) -> float:
 
 
 ABLATIONS = [
-    {},
-    {"use_vit": False, "whitening": False},  # Table III, 1
-    {"use_cnn": False, "whitening": False},  # 2
-    {"whitening": False},  # 3
-    {"use_vit": False},  # 4
-    {"patch_bank": False},  # 5
-    {"image_distribution": False},
-    {"use_cnn": False},
-    {"use_cnn": False, "patch_bank": False},
+    {"use_vit": False, "whitening": False, "image_distribution": False},  # Table III, as in configs/unislad/table3.yaml
+    {"use_cnn": False, "whitening": False, "image_distribution": False},
+    {"whitening": False, "image_distribution": False},
     {"use_vit": False, "image_distribution": False},
+    {"use_vit": False, "whitening": False, "patch_bank": False},
+    {"use_vit": False, "whitening": False},
+    {"use_cnn": False, "image_distribution": False},
+    {"use_cnn": False},
+    {},
+    {"patch_bank": False},
+    {"use_cnn": False, "patch_bank": False},
+    {"use_vit": False},
     {"pooling": "mean"},  # Table IV
     {"pooling": "lum"},
     {"pooling": "pmp"},

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from anomalib_pack.efficiency.process import in_own_process
+from anomalib_pack.process import in_own_process
 
 
 def test_result() -> None:
