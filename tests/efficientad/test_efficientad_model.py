@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from anomalib.data import ImageBatch
 from anomalib.engine import Engine
 from anomalib.models import EfficientAd
 from anomalib.models.image.efficient_ad import torch_model
@@ -199,9 +198,7 @@ def test_bad_penalty_images(model: DistilledEfficientAd, loco: MVTecLoco, tmp_pa
 
 def test_constant_maps(model: DistilledEfficientAd, monkeypatch: pytest.MonkeyPatch) -> None:
     """Normal maps without any variation are shifted, not divided by 0."""
-    batch = ImageBatch(image=IMAGES, gt_label=torch.zeros(2, dtype=torch.bool))
-    monkeypatch.setattr(lightning_model, "one_pass", lambda *_: [batch])
-    monkeypatch.setattr(lightning_model, "gather_shares", lambda _, share: share)
+    monkeypatch.setattr(lightning_model, "measures_of_normal_images", lambda *arguments: arguments[-1](IMAGES))
     flat = torch.ones(2, 1, 8, 8)
     monkeypatch.setattr(DistilledEfficientAdModel, "get_maps", lambda *_: (flat, 3 * flat))
     measured = {name: value.item() for name, value in model.map_norm_quantiles(None).items()}
