@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from tqdm.auto import tqdm
 
+from .checks import require
+
 POOL_SHARE = 3  # ours: a pool is one part in so many of its points
 POOL_END = 512  # ours: points of the smallest pool, few enough that a centre's step stays in the processor's cache
 ROWS = 1024  # ours: points updated at a time, for the same reason
@@ -37,13 +39,14 @@ def k_center_greedy(features: torch.Tensor, size: int, description: str | None =
         distance of a point from its nearest centre.
 
     Raises:
-        ValueError: If a feature is NaN or infinite.
+        ValueError: If ``size`` is out of range, or a feature is NaN or infinite.
 
     Example:
         >>> chosen, radius = k_center_greedy(torch.tensor([[0.0], [1.0], [8.0], [10.0]]), 2)
         >>> chosen.tolist(), radius
         ([3, 0], 2.0)
     """
+    require("size", size, 1 <= size <= len(features), f"from 1 to {len(features)}, the number of points")
     with tqdm(total=size, desc=description, disable=description is None) as progress:
         selection = _Selection(features, size, progress)
         selection.run()
@@ -135,6 +138,9 @@ class ChunkedCoreset:
     Args:
         ratio: Share of the points to keep, above 0 and up to 1.
 
+    Raises:
+        ValueError: If ``ratio`` is out of range.
+
     Example:
         >>> coreset = ChunkedCoreset(0.1)
         >>> for points in torch.rand(1000, 3).split(250):
@@ -145,6 +151,7 @@ class ChunkedCoreset:
     """
 
     def __init__(self, ratio: float) -> None:
+        require("ratio", ratio, 0 < ratio <= 1, "above 0 and at most 1")
         self.ratio = ratio
         self.waiting: list[torch.Tensor] = []
         self.kept: list[torch.Tensor] = []
@@ -171,6 +178,8 @@ class ChunkedCoreset:
 
     def select(self, description: str | None = None) -> tuple[torch.Tensor, float]:
         """Choose from the last points, and put the coreset together.
+
+        Points must have been added.
 
         Args:
             description: Label of a progress bar; none without.

@@ -117,7 +117,7 @@ def compare_chunks(arguments: argparse.Namespace) -> None:
     chosen, bound = chunked(points, arguments.ratio)
     print(f"| each chunk's share (ChunkedCoreset) | {covering_radius(points, chosen):.2f} | {bound:.2f} |")
     for times in (2, 4):
-        candidates, first = chunked(points, times * arguments.ratio)
+        candidates, first = chunked(points, min(1.0, times * arguments.ratio))
         second_choice, second = k_center_greedy(candidates, size)
         radius = covering_radius(points, candidates[second_choice])
         print(f"| {times} times the share, then all of these at once | {radius:.2f} | {first + second:.2f} |")

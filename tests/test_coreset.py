@@ -117,6 +117,18 @@ def test_features_that_are_no_numbers(value: float) -> None:
         k_center_greedy(features, 5)
 
 
+@pytest.mark.parametrize("size", [0, 51])
+def test_size_out_of_range(size: int) -> None:
+    with pytest.raises(ValueError, match=f"size must be from 1 to 50, the number of points, got {size}"):
+        k_center_greedy(points(50), size)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.5])
+def test_ratio_out_of_range(ratio: float) -> None:
+    with pytest.raises(ValueError, match=f"ratio must be above 0 and at most 1, got {ratio}"):
+        ChunkedCoreset(ratio)
+
+
 def select(ratio: float, parts: list[torch.Tensor]) -> tuple[torch.Tensor, float]:
     chunked = ChunkedCoreset(ratio)
     for part in parts:
