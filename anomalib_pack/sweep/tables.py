@@ -42,7 +42,7 @@ def metric_tables(plan: Plan, results: Results) -> list[MetricTable]:
     for experiment in plan.experiments:
         by_dataset[experiment.dataset].append(experiment)
     return [
-        _table(f"{dataset}, {metric.replace('_', ' ', 1)}", experiments, results, metric)
+        _table(f"{dataset}, {metric.replace('_', ' ')}", experiments, results, metric)
         for dataset, experiments in by_dataset.items()
         for metric in plan.metrics
         if any(results.get(experiment.key, {}).get(metric) for experiment in experiments)
@@ -89,7 +89,9 @@ def _rich_table(table: MetricTable, part: list[int], label_width: int, widths: l
         for index in part
     ]
     label = Column("", width=label_width, overflow="fold")
-    shown = Table(label, *columns, title=f"{table.title}, in %", box=box.HORIZONTALS, pad_edge=False)
+    title = f"{table.title}, in %"
+    # As wide as the title, which would be broken into the width of a single model otherwise.
+    shown = Table(label, *columns, title=title, min_width=len(title), box=box.HORIZONTALS, pad_edge=False)
     for position, (name, cells) in enumerate(table.rows, start=1):
         before_mean = position == len(table.rows) - 1 and table.rows[-1][0] == MEAN
         shown.add_row(name, *(cells[index] for index in part), end_section=before_mean)

@@ -1,6 +1,7 @@
 """Means and standard deviations, tables and the file of results."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -82,6 +83,9 @@ def test_console_is_readable_at_80_columns() -> None:
     assert 1 < len(parts) <= 3
     assert text.count("95.0 ± 7.1") == 3 * len(models)  # no cell is cut or wrapped
     assert max(map(len, text.splitlines())) <= 80
+    alone = replace(table, models=["A"], rows=[("all", ["50.0"])])
+    console.print(*console_tables(alone, 80))
+    assert console.file.getvalue().count(f"{table.title}, in %") == len(parts) + 1  # no title is broken
     assert f"| {' | '.join(['mean', *['95.0 ± 7.1'] * 8])} |" in markdown([table], {})
 
 
