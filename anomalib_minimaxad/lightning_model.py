@@ -18,6 +18,7 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torchvision.transforms.v2 import Compose, Resize
 
+from anomalib_pack.backbones import plain
 from anomalib_pack.checks import check_data, check_finite, check_pre_processor, require
 from anomalib_pack.defaults import OneClassDefaults
 from anomalib_pack.passes import share_buffers
@@ -101,7 +102,7 @@ class MiniMaxAd(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         require("p_lim", p_lim, 0 <= p_lim < 1, "at least 0 and below 1")
         require("lr", lr, lr > 0, "above 0")
         require("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
-        weights = str(weights) if isinstance(weights, Path) else weights  # checkpoints hold plain data
+        weights = plain(weights)
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )

@@ -218,6 +218,11 @@ def _wheel_state_dict(name: str) -> dict[str, torch.Tensor]:
     return dict(zip(_all_names(name), tensors.values(), strict=True))
 
 
+def plain(weights: str | Path | None) -> str | None:
+    """The argument ``weights`` as plain data, which checkpoints hold: a path as text."""
+    return str(weights) if isinstance(weights, Path) else weights
+
+
 def read_state_dict(path: Path, wrappers: Sequence[str] = ("state_dict",)) -> dict[str, torch.Tensor]:
     """Read a ``.pth`` or ``.safetensors`` file.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +26,23 @@ def require(name: str, value: Any, allowed: bool, rule: str) -> None:
     """
     if not allowed:
         msg = f"{name} must be {rule}, got {value!r}."
+        raise ValueError(msg)
+
+
+def check_keys(given: Iterable[str], allowed: Sequence[str], where: str) -> None:
+    """Check the keys of a mapping.
+
+    Args:
+        given: The keys.
+        allowed: Those that there may be.
+        where: What the mapping is called in the error.
+
+    Raises:
+        ValueError: If a key is not allowed; the message names it and those that are.
+    """
+    unknown = [str(key) for key in given if key not in allowed]
+    if unknown:
+        msg = f"{where} has the unknown key {', '.join(unknown)}; allowed are {', '.join(allowed)}."
         raise ValueError(msg)
 
 

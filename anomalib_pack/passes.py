@@ -48,14 +48,18 @@ def one_pass(module: AnomalibModule, loader: DataLoader, description: str) -> It
     batches = DataLoader(
         share, batch_size=loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn
     )
-    hidden = trainer.global_rank > 0 or trainer.progress_bar_callback is None
     with naming_unreadable_images(loader.dataset):
-        for batch in tqdm(batches, desc=description, disable=hidden):
+        for batch in tqdm(batches, desc=description, disable=hides_progress(trainer)):
             on_device = trainer.strategy.batch_to_device(batch, module.device)
             if module.pre_processor:
                 on_device.image = module.pre_processor.transform(on_device.image)
             on_device.image = trainer.precision_plugin.convert_input(on_device.image)
             yield on_device
+
+
+def hides_progress(trainer: Trainer) -> bool:
+    """Whether this process shows no progress bars: the user wants none, or it is not the first one."""
+    return trainer.global_rank > 0 or trainer.progress_bar_callback is None
 
 
 def gathered_pass(

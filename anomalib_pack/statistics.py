@@ -8,6 +8,11 @@ from __future__ import annotations
 import torch
 
 
+def in_float64(values: torch.Tensor) -> torch.Tensor:
+    """The values in float64, on the CPU where the device, MPS, has none."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
 def channel_sums(maps: torch.Tensor) -> torch.Tensor:
     """Sum up a batch; sums of batches and of processes add up.
 
@@ -17,8 +22,7 @@ def channel_sums(maps: torch.Tensor) -> torch.Tensor:
     Returns:
         Count, sum and sum of squares of each channel, (3, C) in float64.
     """
-    device = "cpu" if maps.device.type == "mps" else maps.device  # MPS has no float64
-    values = maps.to(device).double()
+    values = in_float64(maps)
     total, squares = values.sum(dim=(0, 2, 3)), values.square().sum(dim=(0, 2, 3))
     return torch.stack([torch.full_like(total, values[:, 0].numel()), total, squares])
 

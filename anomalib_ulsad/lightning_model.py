@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, Resize
 
+from anomalib_pack.backbones import plain
 from anomalib_pack.checks import (
     check_finite,
     check_normal_validation_images,
@@ -112,7 +113,7 @@ class Ulsad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         require("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
         allowed = ("attention", "feature", None)
         require("global_loss", global_loss, global_loss in allowed, f"one of {allowed}")
-        weights = str(weights) if isinstance(weights, Path) else weights  # checkpoints hold plain data
+        weights = plain(weights)
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )

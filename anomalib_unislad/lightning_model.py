@@ -21,13 +21,14 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torchvision.transforms.v2 import Compose, Resize
 
+from anomalib_pack.backbones import plain
 from anomalib_pack.checks import check_normal_validation_images, check_pre_processor, check_training_images, require
 from anomalib_pack.coreset import ChunkedCoreset
 from anomalib_pack.defaults import OneClassDefaults
-from anomalib_pack.passes import gathered_pass, measures_of_normal_images, validation_loader
+from anomalib_pack.passes import gathered_pass, hides_progress, measures_of_normal_images, validation_loader
 from anomalib_pack.training import ValidatesAtTheEnd
 
-from .torch_model import BLOCKS, Features, UnisladModel, Vectors
+from .torch_model import BLOCKS, Features, UnisladModel, Vectors, patch_rows
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +122,7 @@ class Unislad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
     ) -> None:
         require("local_ratio", local_ratio, 0 <= local_ratio <= 1, "between 0 and 1")
         require("global_ratio", global_ratio, 0 <= global_ratio <= 1, "between 0 and 1")
-        weights = str(weights) if isinstance(weights, Path) else weights  # checkpoints hold plain data
-        vit_weights = str(vit_weights) if isinstance(vit_weights, Path) else vit_weights
+        weights, vit_weights = plain(weights), plain(vit_weights)
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
@@ -189,7 +189,7 @@ class Unislad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
             kept.append(self.model.vectors(features))
             for coreset, patches in ((local, features.local_patches), (global_, features.global_patches)):
                 if patches is not None and self.model.has_banks:
-                    coreset.add(patches.permute(0, 2, 3, 1).flatten(0, 2))
+                    coreset.add(patch_rows(patches))
         vectors = Vectors(*(None if rows[0] is None else torch.cat(rows) for rows in zip(*kept, strict=True)))
         self.model.fit(self._select(local, "local"), self._select(global_, "global"), vectors)
         self._log_recall(features)
@@ -203,8 +203,7 @@ class Unislad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         """Step 3: the coreset (Eq. 5), that of the first process in all of them."""
         if coreset.seen == 0:
             return None
-        hidden = self.trainer.global_rank > 0 or self.trainer.progress_bar_callback is None
-        chosen, bound = coreset.select(None if hidden else f"Coreset of {kind} patches")
+        chosen, bound = coreset.select(None if hides_progress(self.trainer) else f"Coreset of {kind} patches")
         message = "Kept %s of %s %s patches; none of these is farther than %.4g from one that was kept"
         logger.info(message, len(chosen), coreset.seen, kind, bound)
         return self.trainer.strategy.broadcast(chosen)
@@ -215,7 +214,7 @@ class Unislad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         banks["global"] = (self.model.global_bank, features.global_patches)
         for kind, (bank, patches) in banks.items():
             if bank is not None and bank.neighbors.index != "flat":
-                rows = patches.permute(0, 2, 3, 1).flatten(0, 2)
+                rows = patch_rows(patches)
                 queries = bank.whitening(rows[torch.linspace(0, len(rows) - 1, RECALL_QUERIES).long().unique()])
                 recall = bank.neighbors.recall(queries)
                 logger.info("Recall of the %s index of %s patches: %.4f", bank.neighbors.index, kind, recall)

@@ -298,5 +298,9 @@ def build_vit(name: str, layer: int, weights: str | Path | None) -> FrozenBackbo
 
 def distance_map(bank: PatchBank, patches: torch.Tensor) -> torch.Tensor:
     """Distances (B, 1, h, w) of patches (B, D, h, w) from a bank: Eq. 16."""
-    rows = patches.permute(0, 2, 3, 1)  # (B, h, w, D)
-    return bank(rows.flatten(0, 2)).view(rows.shape[:3]).unsqueeze(1)
+    return bank(patch_rows(patches)).view(patches[:, :1].shape)
+
+
+def patch_rows(patches: torch.Tensor) -> torch.Tensor:
+    """(B, D, h, w) -> (B h w, D), image after image and row after row."""
+    return patches.permute(0, 2, 3, 1).flatten(0, 2)

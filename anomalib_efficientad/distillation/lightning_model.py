@@ -18,6 +18,7 @@ from lightning import LightningModule
 from torch.nn import functional as F  # noqa: N812
 from tqdm.auto import tqdm
 
+from anomalib_pack.backbones import plain
 from anomalib_pack.checks import require
 from anomalib_pack.statistics import channel_sums, mean_and_std
 
@@ -80,7 +81,7 @@ class TeacherDistillation(LightningModule):
         require("lr", lr, lr > 0, "above 0")
         require("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
         super().__init__()
-        weights = str(weights) if isinstance(weights, Path) else weights  # checkpoints hold plain data
+        weights = plain(weights)
         layers = list(layers)
         self.save_hyperparameters()
         self.features = PatchFeatures(backbone, layers, weights=None, channels=out_channels)  # loaded in setup

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
+from anomalib_pack.checks import check_keys
+
 Precision = Literal["float32", "float16", "bfloat16"]
 
 # Sec. 5: PatchCore is measured on VisA's cashew, which has 450 training images.
@@ -82,11 +84,7 @@ def entries(settings: Settings) -> list[Entry]:
 
 def _entry(position: int, given: dict[str, Any], settings: Settings) -> Entry:
     where = f"models[{position}]"
-    allowed = [field.name for field in fields(Entry)]
-    unknown = sorted(set(given) - set(allowed))
-    if unknown:
-        msg = f"{where} has the unknown key {', '.join(unknown)}; allowed are {', '.join(allowed)}."
-        raise ValueError(msg)
+    check_keys(sorted(given), [field.name for field in fields(Entry)], where)
     if "class_path" not in given:
         msg = f"{where} needs a class_path, e.g. Patchcore."
         raise ValueError(msg)

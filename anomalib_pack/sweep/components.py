@@ -17,6 +17,8 @@ from anomalib.models import AnomalibModule
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning import Trainer
 
+from anomalib_pack.checks import check_keys
+
 # Bare names are looked up where `get_model` and `get_datamodule` do it.
 _BASES = {"model": (anomalib.models, AnomalibModule), "data": (anomalib.data, AnomalibDataModule)}
 _KEY = "init_args"  # of the arguments in the parser
@@ -106,11 +108,3 @@ def _parse(
     except ArgumentError as error:
         msg = f"{where}: {' '.join(str(error).split())}"
         raise ValueError(msg) from error
-
-
-def check_keys(given: dict[str, Any], allowed: list[str], where: str) -> None:
-    """Raise a ``ValueError`` that names the keys that are not allowed, and those that are."""
-    unknown = [str(key) for key in given if key not in allowed]
-    if unknown:
-        msg = f"{where} has the unknown key {', '.join(unknown)}; allowed are {', '.join(allowed)}."
-        raise ValueError(msg)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from anomalib_pack.sweep.components import check_component, check_keys, check_trainer
+from anomalib_pack.checks import check_keys
+from anomalib_pack.sweep.components import check_component, check_trainer
 from anomalib_pack.sweep.grid import differences, expand
 
 KEYS = ["models", "data", "seeds", "trainer", "accelerator", "metrics", "benchmark"]

@@ -6,6 +6,8 @@ import torch
 from anomalib.models.components import DynamicBufferMixin
 from torch import nn
 
+from anomalib_pack.statistics import in_float64
+
 from .whitening import ridge
 
 
@@ -38,7 +40,7 @@ class NominalDistribution(DynamicBufferMixin, nn.Module):
 
     def fit(self, vectors: torch.Tensor) -> None:
         """Measure mean and covariance of normal images' vectors (n, D): Eq. 15."""
-        precise = vectors.to("cpu" if vectors.device.type == "mps" else vectors.device, torch.float64)
+        precise = in_float64(vectors)
         count, dimension = vectors.shape
         mean = precise.mean(dim=0)
         # The eigenvectors of the covariance are the right singular vectors of the centred data.

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from anomalib_pack.statistics import in_float64
+
 
 class Whitening(nn.Module):
     """Centre and decorrelate features, then bring each to length 1.
@@ -35,7 +37,7 @@ class Whitening(nn.Module):
         """Measure mean and covariance of the selected features, (n, D)."""
         if not self.enabled:
             return
-        precise = features.to("cpu" if features.device.type == "mps" else features.device, torch.float64)
+        precise = in_float64(features)
         mean = precise.mean(dim=0)
         centered = precise - mean
         covariance = centered.T @ centered / max(1, len(features) - 1)  # Eq. 6
