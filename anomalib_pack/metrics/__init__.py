@@ -2,7 +2,7 @@
 
     group_evaluator   GroupEvaluator: keeps test batches, computes each metric for each group, table and CSV
     image             the image metric that Anomalib lacks: AP
-    pixel             AUROC, AP, F1Max and AUPRO of pixels, exact in little memory
+    pixel             AUROC, AP, F1Max and AUPRO of pixels, also per image, exact in little memory
     roc               the curve that they are read off
     samples           parts of batches
 

@@ -23,6 +23,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from anomalib_pack.metrics.roc import RocCorners, roc_corners
 
 CHUNK = 2**22  # Pixels copied at a time: 16 MB.
+DEFAULT_FPR_LIMIT = 0.3  # of AUPRO, as in MVTec AD's evaluation
 
 
 class _PixelMetric(Metric):
@@ -60,13 +61,7 @@ class _PixelMetric(Metric):
         Raises:
             ValueError: If the shapes differ, or a score is NaN.
         """
-        scores, masks = _without_channel(preds).float(), _without_channel(target).bool()
-        if scores.shape != masks.shape or scores.ndim != 3:
-            msg = f"Maps and masks must have one shape (B, H, W), got {tuple(preds.shape)} and {tuple(target.shape)}."
-            raise ValueError(msg)
-        if scores.isnan().any():
-            msg = f"{int(scores.isnan().sum())} of {scores.numel()} pixel scores are NaN, which has no rank."
-            raise ValueError(msg)
+        scores, masks = _checked(preds, target)
         self.scores.append(scores.flatten())
         self.is_anomalous.append(masks.flatten())
         self.areas.append(region_areas(masks))
@@ -162,6 +157,95 @@ class AUPRO(PixelMetric):
     def value(self, curve: RocCorners) -> float:
         """Read the metric off the curve."""
         return curve.aupro(self.fpr_limit)
+
+
+class _AUPROPerImage(Metric):
+    """One value for each image with an anomaly. Maps and masks are not kept; each is sorted on the CPU."""
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    values: list[Tensor] | Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("values", default=[], dist_reduce_fx="cat")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add maps and masks, as those of :class:`AUPRO`.
+
+        Raises:
+            ValueError: If the shapes differ, or a score is NaN.
+        """
+        scores, masks = _checked(preds, target)
+        found = [
+            _curve(image, mask).aupro(DEFAULT_FPR_LIMIT)
+            for image, mask in zip(scores.cpu(), masks.cpu(), strict=True)
+            if mask.any() and not mask.all()
+        ]
+        self.values.append(torch.tensor(found, device=preds.device))
+
+    def compute(self) -> Tensor:
+        """Mean over the images, a scalar."""
+        values = dim_zero_cat(self.values)
+        if not len(values):
+            rank_zero_warn("There are no images with normal and anomalous pixels: AUPRO per image means nothing.")
+            return torch.tensor(0.0, device=self.device)
+        return values.mean()
+
+
+class AUPROPerImage(AnomalibMetric, _AUPROPerImage):
+    """Mean of the AUPROs of single images, called ``AUPRO_per_image``.
+
+    Each image has a curve of its own: false positive rate and mean overlap count its own pixels and regions. So a
+    threshold that suits one image need not suit another, and an image with many regions weighs as much as one with a
+    few. Zhang et al. evaluate AeBAD in this way; :class:`AUPRO` has one curve for all images.
+
+    Regions are those of :class:`AUPRO`, the limit of the false positive rate is its default. Images without anomalous
+    pixels, or without normal ones, have no curve and are left out; without any that has one, the value is 0, with a
+    warning.
+
+    Args:
+        prefix: Start of the metric's name, e.g. ``"pixel_"``.
+        **kwargs: Other arguments of ``AnomalibMetric``.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> maps = torch.tensor([[[0.1, 0.2, 0.9]], [[0.1, 0.2, 0.0]], [[0.7, 0.8, 0.9]]])
+        >>> batch = SimpleNamespace(anomaly_map=maps, gt_mask=torch.tensor([[[0, 0, 1]], [[0, 0, 1]], [[0, 0, 0]]]))
+        >>> metric = AUPROPerImage(prefix="pixel_")
+        >>> metric.update(batch)
+        >>> metric.name, metric.compute()
+        ('pixel_AUPRO_per_image', tensor(0.5000))
+    """
+
+    default_fields = ("anomaly_map", "gt_mask")
+
+    def __init__(self, prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(prefix=prefix, **kwargs)
+        self.name = f"{prefix}AUPRO_per_image"
+
+
+def _checked(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Float maps and boolean masks of shape (B, H, W).
+
+    Raises:
+        ValueError: If the shapes differ, or a score is NaN.
+    """
+    scores, is_anomalous = _without_channel(maps).float(), _without_channel(masks).bool()
+    if scores.shape != is_anomalous.shape or scores.ndim != 3:
+        msg = f"Maps and masks must have one shape (B, H, W), got {tuple(maps.shape)} and {tuple(masks.shape)}."
+        raise ValueError(msg)
+    if scores.isnan().any():
+        msg = f"{int(scores.isnan().sum())} of {scores.numel()} pixel scores are NaN, which has no rank."
+        raise ValueError(msg)
+    return scores, is_anomalous
+
+
+def _curve(image: Tensor, mask: Tensor) -> RocCorners:
+    """Curve of a single image: map and mask of shape (H, W) on the CPU."""
+    return roc_corners(image[~mask], image[mask], region_areas(mask.unsqueeze(0)))
 
 
 def region_areas(masks: Tensor) -> Tensor:

@@ -3,9 +3,11 @@
 from types import SimpleNamespace
 
 import anomalib.metrics
+import numpy as np
 import pytest
 import torch
 from anomalib.metrics.pro import connected_components_cpu
+from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from anomalib_pack.metrics import image, pixel
@@ -85,6 +87,55 @@ def test_aupro_limits(fpr_limit, decimals, maps_and_masks):
     assert compute(pixel.AUPRO(fpr_limit=fpr_limit), batch) == pytest.approx(expected, abs=1e-6)
 
 
+def slow_aupro_of_image(scores, mask):
+    """Area under mean overlap against false positive rate, by a threshold at each score, up to 0.3."""
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    points = [(0.0, 0.0)]
+    for threshold in np.unique(scores)[::-1]:
+        found = scores >= threshold
+        overlaps = [found[labels == region].mean() for region in range(1, count + 1)]
+        points.append((found[~mask].mean(), np.mean(overlaps)))
+    rates, overlaps = np.array(points).T
+    limit = np.interp(0.3, rates, overlaps) if 0.3 not in rates else overlaps[rates == 0.3].max()
+    inside = rates <= 0.3
+    return np.trapezoid([*overlaps[inside], limit], [*rates[inside], 0.3]) / 0.3
+
+
+@pytest.mark.parametrize("decimals", [6, 1, 0])
+def test_aupro_per_image(decimals, maps_and_masks):
+    """Each of the anomalous images, of which one has two regions more than another, has the same weight."""
+    maps, masks = maps_and_masks[0].round(decimals=decimals), maps_and_masks[1]
+    maps[3] *= 3  # would shift a common threshold
+    expected = [
+        slow_aupro_of_image(image[0].numpy(), mask.numpy())
+        for image, mask in zip(maps, masks, strict=True)
+        if mask.any()
+    ]
+    assert len(expected) == 4
+    found = compute(pixel.AUPROPerImage(), (maps, masks))
+    assert found == pytest.approx(np.mean(expected), abs=1e-6)
+    assert found != pytest.approx(compute(pixel.AUPRO(), (maps, masks)), abs=1e-3)
+    parts = [(maps[part], masks[part]) for part in (slice(0, 1), slice(1, 4), slice(4, 6))]
+    assert compute(pixel.AUPROPerImage(), *parts) == pytest.approx(found, abs=1e-7)
+
+
+def test_aupro_per_image_is_the_pooled_one_of_a_single_image(maps_and_masks):
+    maps, masks = (part[2:3] for part in maps_and_masks)
+    assert compute(pixel.AUPROPerImage(), (maps, masks)) == pytest.approx(
+        compute(pixel.AUPRO(), (maps, masks)), abs=1e-7
+    )
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_aupro_per_image_of_one_kind_of_pixels(value, maps_and_masks):
+    maps, masks = maps_and_masks
+    with pytest.warns(UserWarning, match="no images with normal and anomalous pixels"):
+        assert compute(pixel.AUPROPerImage(), (maps, torch.full_like(masks, value))) == 0
+    expected = compute(pixel.AUPROPerImage(), (maps, masks))
+    masks[5] = value
+    assert compute(pixel.AUPROPerImage(), (maps, masks)) == expected
+
+
 def test_equal_scores(maps_and_masks):
     """One threshold, which is everything or nothing."""
     maps, masks = maps_and_masks
@@ -161,6 +212,8 @@ def test_nan(maps_and_masks):
     maps[0, 0, 0, :2] = float("nan")
     with pytest.raises(ValueError, match="2 of 4608 pixel scores are NaN"):
         compute(pixel.AP(), (maps, masks))
+    with pytest.raises(ValueError, match="2 of 4608 pixel scores are NaN"):
+        compute(pixel.AUPROPerImage(), (maps, masks))
 
 
 def test_other_size(maps_and_masks):
