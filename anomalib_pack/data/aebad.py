@@ -12,10 +12,13 @@ The layout that is read is the published one::
     <root>/AeBAD_S/ground_truth/<type of defect>/<domain>/<name>.png
 """
 
+import os
+import warnings
 from pathlib import Path
 
-from anomalib.data import AnomalibDataModule
+from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.data.utils import Split, TestSplitMode, ValSplitMode
+from anomalib.utils.attrs import get_nested_attr
 from anomalib.utils.path import resolve_dataset_root
 from pandas import DataFrame
 from torchvision.transforms.v2 import Transform
@@ -34,6 +37,10 @@ REMEDY = (
     "Check `root`. AeBAD is not downloaded: get it from https://github.com/zhangzilongc/MMR, and unpack it so that "
     f"`root` holds the folder {SUBSET}."
 )
+
+
+# File names in a warning.
+MAX_NAMES = 10
 
 
 class AeBADDataset(MaskedImageDataset):
@@ -87,6 +94,9 @@ class AeBAD(OptionalValidation, AnomalibDataModule):
     The data set has no validation images. By default a tenth of the training images are held back, all of them normal,
     so that no threshold is chosen on test labels.
 
+    Anomalies can lie at the border, where a model's pre-processor crops them away. Anomalous images of whose mask
+    nothing is left are named in a warning at the end of a run, by each process of several for its own.
+
     Args:
         root: Folder of the data set, which holds the folder ``AeBAD_S``. With ``None``, Anomalib's datasets folder.
         train_batch_size: Training batch size.
@@ -102,6 +112,8 @@ class AeBAD(OptionalValidation, AnomalibDataModule):
             ``"synthetic"`` or ``"none"``. The last leaves scores raw and sets no threshold.
         val_split_ratio: Share of the images that a split for validation takes; ours, about 50.
         seed: Seed of random splits.
+        vanished_as_normal: Anomalous images of whose mask nothing is left count as normal, as in the published
+            evaluation of Zhang et al.; otherwise they stay anomalous, with an empty mask.
 
     Raises:
         ValueError: If ``val_split_mode`` is none of these.
@@ -127,6 +139,7 @@ class AeBAD(OptionalValidation, AnomalibDataModule):
         val_split_mode: ValSplitMode | str = ValSplitMode.FROM_TRAIN,
         val_split_ratio: float = 0.1,
         seed: int | None = None,
+        vanished_as_normal: bool = False,
     ) -> None:
         super().__init__(
             train_batch_size=train_batch_size,
@@ -144,6 +157,8 @@ class AeBAD(OptionalValidation, AnomalibDataModule):
         )
         check_val_split_mode(self.val_split_mode)
         self.root = resolve_dataset_root(root, "AeBAD")
+        self.vanished_as_normal = vanished_as_normal
+        self._vanished: set[str] = set()
 
     @property
     def name(self) -> str:
@@ -166,3 +181,30 @@ class AeBAD(OptionalValidation, AnomalibDataModule):
         """List the images of both splits; Anomalib's base class then applies the split modes."""
         self.train_data = AeBADDataset(self.root, split=Split.TRAIN)
         self.test_data = AeBADDataset(self.root, split=Split.TEST)
+
+    def on_before_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
+        """Look for anomalous images of whose mask the model's pre-processor, which comes next, leaves nothing."""
+        del dataloader_idx
+        if batch.gt_label.any():
+            transform = get_nested_attr(self, "trainer.lightning_module.pre_processor.transform", None)
+            masks = transform(batch.gt_mask) if transform else batch.gt_mask
+            vanished = batch.gt_label & ~masks.flatten(1).any(dim=1)
+            self._vanished.update(path for path, found in zip(batch.image_path, vanished, strict=True) if found)
+            if self.vanished_as_normal:
+                batch.gt_label = batch.gt_label & ~vanished
+        return batch
+
+    def teardown(self, stage: str) -> None:
+        """Report the anomalous images of whose mask nothing was left."""
+        super().teardown(stage)
+        if self._vanished:
+            # Of another place are the images of synthetic anomalies.
+            names = [path.removeprefix(f"{self.root / SUBSET}{os.sep}") for path in sorted(self._vanished)]
+            rest = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+            count_as = "normal" if self.vanished_as_normal else "anomalous"
+            warnings.warn(
+                f"The model's resize and crop leave nothing of the masks of {len(names)} anomalous images, which count "
+                f"as {count_as} (vanished_as_normal={self.vanished_as_normal}): {', '.join(names[:MAX_NAMES])}{rest}.",
+                stacklevel=2,
+            )
+            self._vanished.clear()

@@ -2,17 +2,22 @@
 
 import csv
 import inspect
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from anomalib.data import Kolektor, get_datamodule
 from anomalib.engine import Engine
+from anomalib.pre_processing import PreProcessor
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 from tiny_model import RawScores, TinyModel
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from anomalib_pack.data import AeBAD, AeBADDataset, GroupedImageBatch, GroupedImageItem
-from anomalib_pack.metrics import GroupEvaluator
+from anomalib_pack.metrics import GroupEvaluator, default_test_metrics, pixel
 from anomalib_pack.post_processing import RankPreservingPostProcessor
 
 DOMAINS = ["background", "illumination", "same", "view"]
@@ -52,9 +57,10 @@ def make_datamodule(root, **arguments):
 
 
 def test_arguments_are_those_of_anomalib():
-    """The defaults that differ are the data set's, and keep test labels out of validation."""
+    """The defaults that differ are the data set's, and keep test labels out of validation; one argument is more."""
     ours, theirs = ({k: v.default for k, v in inspect.signature(c).parameters.items()} for c in (AeBAD, Kolektor))
-    assert list(ours) == list(theirs)
+    assert list(ours) == [*theirs, "vanished_as_normal"]
+    assert ours.pop("vanished_as_normal") is False
     different = {name: value for name, value in ours.items() if value != theirs[name]}
     assert different == {"root": "./datasets/AeBAD", "val_split_mode": "from_train", "val_split_ratio": 0.1}
 
@@ -152,7 +158,8 @@ def run(published, tmp_path_factory):
     """A real run: metrics, raw scores and results folder."""
     results = tmp_path_factory.mktemp("results")
     raw = RawScores()
-    model = TinyModel(post_processor=RankPreservingPostProcessor(), evaluator=GroupEvaluator(), visualizer=True)
+    evaluator = GroupEvaluator(test_metrics=[*default_test_metrics(), pixel.AUPROPerImage(prefix="pixel_")])
+    model = TinyModel(post_processor=RankPreservingPostProcessor(), evaluator=evaluator, visualizer=True)
     engine = Engine(
         callbacks=[raw], default_root_dir=results, accelerator="cpu", max_epochs=1, enable_progress_bar=False
     )
@@ -163,11 +170,20 @@ def run(published, tmp_path_factory):
 def test_metrics_are_per_domain(run):
     """Each with its own normal images, and the mean of the four."""
     metrics, raw, results = run
-    paths, scores, _, labels, _ = raw.arrays()
+    paths, scores, maps, labels, masks = raw.arrays()
     domains = np.array([path.split("/")[-2] for path in paths])
     expected = [roc_auc_score(labels[domains == domain], scores[domains == domain]) for domain in DOMAINS]
     assert [metrics[f"image_AUROC_{domain}"] for domain in DOMAINS] == pytest.approx(expected, abs=1e-4)
     assert metrics["image_AUROC_mean"] == pytest.approx(np.mean(expected), abs=1e-4)
+    per_image = {domain: [] for domain in DOMAINS}
+    for domain, image, mask in zip(domains, maps, masks, strict=True):
+        if mask.any():
+            metric = pixel.AUPRO()
+            metric.update(SimpleNamespace(anomaly_map=torch.tensor(image)[None], gt_mask=torch.tensor(mask)[None]))
+            per_image[domain].append(metric.compute().item())
+    means = [np.mean(per_image[domain]) for domain in DOMAINS]
+    assert [metrics[f"pixel_AUPRO_per_image_{domain}"] for domain in DOMAINS] == pytest.approx(means, abs=1e-4)
+    assert metrics["pixel_AUPRO_per_image_mean"] == pytest.approx(np.mean(means), abs=1e-4)
     with (results / "metrics.csv").open() as file:
         assert [row["group"] for row in csv.DictReader(file)] == ["overall", *DOMAINS, "mean"]
 
@@ -177,3 +193,35 @@ def test_each_test_image_has_its_own_picture(run, published):
     pictures = {path.relative_to(images) for path in images.rglob("*.png")}
     assert pictures == {path.relative_to(published / "AeBAD_S") for path in published.glob("AeBAD_S/test/*/*/*.png")}
     assert len(pictures) == 24
+
+
+@pytest.mark.parametrize("as_normal", [False, True])
+def test_masks_that_vanish_in_the_crop(published, tmp_path, as_normal):
+    """The crop takes 4 pixels off each side of 32; one of the twelve spots is moved there."""
+    path = published / "AeBAD_S" / "ground_truth" / "ablation" / "view" / "IMG_1.png"
+    kept = path.read_bytes()
+    corner = np.zeros((32, 32), np.uint8)
+    corner[:4, :4] = 255
+    Image.fromarray(corner).save(path)
+    raw = RawScores()
+    model = TinyModel(
+        pre_processor=PreProcessor(Compose([Resize((32, 32)), CenterCrop(24)])),
+        post_processor=RankPreservingPostProcessor(),
+        evaluator=GroupEvaluator(test_metrics=pixel.AUPROPerImage(prefix="pixel_")),
+    )
+    engine = Engine(callbacks=[raw], default_root_dir=tmp_path, accelerator="cpu", logger=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine.test(model, datamodule=make_datamodule(published, vanished_as_normal=as_normal))
+    path.write_bytes(kept)
+    count_as = "normal" if as_normal else "anomalous"
+    assert [str(each.message) for each in caught if "resize and crop" in str(each.message)] == [
+        f"The model's resize and crop leave nothing of the masks of 1 anomalous images, which count as {count_as} "
+        f"(vanished_as_normal={as_normal}): test/ablation/view/IMG_1.png."
+    ]
+    paths, _, _, labels, masks = raw.arrays()
+    image = next(index for index, each in enumerate(paths) if each.endswith("test/ablation/view/IMG_1.png"))
+    assert not masks[image].any()
+    assert labels[image] == (not as_normal)
+    assert labels.sum() == (11 if as_normal else 12)
+    assert masks.any(axis=(1, 2)).sum() == 11
