@@ -58,9 +58,9 @@ class MiniMaxAd(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
             hub's encoders have large ones.
         decoder_block: The same in the decoder (Table 5).
         top_ratio: Share of a map's pixels whose mean is the image score; 0 for the maximum. Published code: 0.01 with
-            many categories, on GoodsAD and on Real-IAD, 0 for single categories of VisA and on AeBAD.
+            many categories, on GoodsAD and on Real-IAD, 0 for single categories of VisA and on AeBAD alone.
         blur_width: Side of the window to which the Gaussian is cut that smooths maps, odd. Published code: 5; on AeBAD
-            in effect 33.
+            alone in effect 33.
         lr: Learning rate of AdamW, times 0.995 after each epoch (Sec. 4.1).
         weight_decay: Weight decay of AdamW (Sec. 4.1).
         pre_processor: Must not contain ``Normalize``: the encoder normalises plain RGB itself.

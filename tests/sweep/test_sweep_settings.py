@@ -11,17 +11,35 @@ from anomalib_pack.sweep.grid import expand
 from anomalib_pack.sweep.settings import read_plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-OWN = [*sorted((CONFIGS / "benchmark").glob("*.yaml")), CONFIGS / "unislad" / "table3.yaml"]
-STOCK = [path for path in sorted(CONFIGS.rglob("*.yaml")) if "benchmark" in yaml.safe_load(path.read_text())]
+SWEEPS = [
+    path
+    for path in sorted(CONFIGS.rglob("*.yaml"))
+    if path.parent.name != "efficiency" and {"models", "benchmark"} & yaml.safe_load(path.read_text()).keys()
+]
 
 
-@pytest.mark.parametrize("path", [*OWN, *STOCK], ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_configuration(path: Path) -> None:
     """Every class of every job is there and takes its arguments; `anomalib benchmark`'s shape is read too."""
     plan = read_plan(yaml.safe_load(path.read_text()))
     titles = [experiment.title for experiment in plan.experiments]
     assert len(titles) > 1
     assert len(set(titles)) == len(titles)
+
+
+def test_all_is_as_large_as_it_says() -> None:
+    """And MiniMaxAd, which sees one category in each job, runs the variant for that."""
+    text = (CONFIGS / "benchmark" / "all.yaml").read_text()
+    experiments = read_plan(yaml.safe_load(text)).experiments
+    models = {experiment.model_name for experiment in experiments}
+    categories = {(experiment.dataset, experiment.row) for experiment in experiments}
+    seeds = {experiment.seed for experiment in experiments}
+    claim = f": {len(models)} models, {len(categories)} categories, {len(seeds)} seeds."
+    assert claim in " ".join(text.replace("\n#", " ").split())
+    assert len(experiments) == len(models) * len(categories) * len(seeds)
+    ours = [experiment for experiment in experiments if experiment.model["class_path"] == "MiniMaxAd"]
+    assert len(ours) == len(categories) * len(seeds)
+    assert all(experiment.model["init_args"]["variant"] == "fp" for experiment in ours)
 
 
 def test_jobs_are_a_product(tray) -> None:
