@@ -9,7 +9,7 @@ from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from tiny_model import TinyModel
 
-from anomalib_pack.metrics import GroupEvaluator
+from anomalib_pack.metrics import GroupEvaluator, default_test_metrics, pixel
 from anomalib_pack.post_processing import RankPreservingPostProcessor
 
 
@@ -18,7 +18,9 @@ def run(images, results, devices, val_split_mode):
     torch.manual_seed(0)
     model = TinyModel(
         post_processor=RankPreservingPostProcessor(image_quantile=0.9, pixel_quantile=0.9),
-        evaluator=GroupEvaluator(group_by="folder"),
+        evaluator=GroupEvaluator(
+            test_metrics=[*default_test_metrics(), pixel.AUPROPerImage(prefix="pixel_")], group_by="folder"
+        ),
     )
     # No step changes the weights, so that one and two processes evaluate the same model.
     model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.0)
