@@ -216,7 +216,7 @@ def test_masks_that_vanish_in_the_crop(published, tmp_path, as_normal):
     path.write_bytes(kept)
     count_as = "normal" if as_normal else "anomalous"
     assert [str(each.message) for each in caught if "resize and crop" in str(each.message)] == [
-        f"The model's resize and crop leave nothing of the masks of 1 anomalous images, which count as {count_as} "
+        f"Anomalous images of whose mask the model's resize and crop leave nothing, 1 in all, count as {count_as} "
         f"(vanished_as_normal={as_normal}): test/ablation/view/IMG_1.png."
     ]
     paths, _, _, labels, masks = raw.arrays()
