@@ -203,8 +203,8 @@ class AeBAD(OptionalValidation, AnomalibDataModule):
             rest = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
             count_as = "normal" if self.vanished_as_normal else "anomalous"
             warnings.warn(
-                f"Anomalous images of whose mask the model's resize and crop leave nothing, {len(names)} in all, count as "
-                f"{count_as} (vanished_as_normal={self.vanished_as_normal}): {', '.join(names[:MAX_NAMES])}{rest}.",
+                f"Anomalous images of whose mask the model's resize and crop leave nothing, {len(names)} in all, count "
+                f"as {count_as} (vanished_as_normal={self.vanished_as_normal}): {', '.join(names[:MAX_NAMES])}{rest}.",
                 stacklevel=2,
             )
             self._vanished.clear()
