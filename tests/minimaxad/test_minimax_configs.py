@@ -113,6 +113,7 @@ def test_half_of_the_joined_data(name: str) -> None:
     arguments = ["--config", str(CONFIGS / f"{name}.yaml"), "--ckpt_path", "model.ckpt"]
     cli = AnomalibCLI(["test", *arguments, "--model.encoder", "unireplknet_a"], run=False)  # quick to build
     assert type(cli.datamodule) is HALVES[name]
+    assert str(cli.config.test.trainer.default_root_dir) == "results/aebad_mvtec_ad"  # not among results of one half
     assert isinstance(cli.model, MiniMaxAd)
     assert (cli.model.model.top_ratio, cli.model.model.blur_width) == (0.01, 5)
     image, crop = torch.rand(3, 300, 280), cli.model.pre_processor.transform
