@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 import torch
-from anomalib.data import Batch
+from anomalib.data import Batch, MVTecLOCO
 from anomalib.metrics import AUROC, AnomalibMetric, F1Max, F1Score
 from anomalib.metrics.evaluator import Evaluator
 from lightning import LightningModule, Trainer
@@ -113,7 +113,12 @@ class GroupEvaluator(Evaluator):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget an earlier run that was cut short."""
-        del trainer, pl_module
+        del pl_module
+        if type(trainer.datamodule) is MVTecLOCO:
+            rank_zero_warn(
+                "Anomalib's MVTecLOCO does not tell the groups of anomalies: metrics are reported for all images "
+                "together. MVTecLoco, with small letters, reads the same folder and reports each group."
+            )
         self._store.clear()
         self._table = None
 

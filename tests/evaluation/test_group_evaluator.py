@@ -9,7 +9,7 @@ import ddp_run
 import numpy as np
 import pytest
 import torch
-from anomalib.data import MVTecAD
+from anomalib.data import MVTecAD, MVTecLOCO
 from anomalib.engine import Engine
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max
 from anomalib.models import Patchcore
@@ -294,6 +294,17 @@ def test_overall_metrics_without_normal_images(loco, tmp_path):
     with pytest.warns(UserWarning, match=r"no normal test images: image_AUROC, .*, image_F1Score do not exist"):
         metrics = metrics_of_one_label(loco, True, tmp_path)
     assert set(metrics) == {name for name in DEFAULT_NAMES if name.startswith("pixel")}
+
+
+def test_data_without_groups_name_those_with_them(loco, tmp_path):
+    model = tiny_model(RankPreservingPostProcessor(), GroupEvaluator())
+    engine = Engine(accelerator="cpu", default_root_dir=tmp_path / "results", enable_progress_bar=False)
+    anomalibs = MVTecLOCO(loco.root, loco.category, eval_batch_size=4, num_workers=0)
+    anomalibs.setup = lambda stage=None: None  # which fails with pandas 3
+    loco.setup()
+    anomalibs.test_data = loco.test_data
+    with pytest.warns(UserWarning, match="MVTecLoco, with small letters"):
+        engine.test(model, datamodule=anomalibs)
 
 
 def test_metrics_of_one_name_are_refused():

@@ -76,16 +76,18 @@ from anomalib.models import AcmeModel, UnknownModelError, get_model, list_models
 assert "AcmeModel" in anomalib.models.__all__
 assert {"acme_model", "outer", "inner", "lazy", "contested"} <= list_models()
 for spec in ("acme_model", "AcmeModel", {"class_path": "AcmeModel"}, {"class_path": "acme.AcmeModel"},
+             {"class_path": "acme.lightning_model.AcmeModel"},
              {"class_path": "anomalib.models.AcmeModel", "init_args": {"width": 4}}):
     assert type(get_model(spec)) is AcmeModel
 allowed = {name for name in anomalib.models.ALLOWED_MODULES if not name.startswith("anomalib")}
-assert allowed == {"acme", "chain_outer", "chain_inner", "clash_first", "lazy_detectors"}, allowed
+modules = {"acme", "chain_outer", "chain_inner", "clash_first", "lazy_detectors"}
+assert allowed == modules | {"acme.lightning_model", "lazy_detectors.lightning_model"}, allowed
 try:
-    get_model({"class_path": "acme.lightning_model.AcmeModel"})
+    get_model({"class_path": "acme.torch_model.AcmeTorchModel"})
 except UnknownModelError:
     pass
 else:
-    raise AssertionError("a module that no entry point names was allowed")
+    raise AssertionError("a module that neither is named by an entry point nor defines its class was allowed")
 
 # What Anomalib has stays Anomalib's.
 assert anomalib.models.Padim.__module__ == "anomalib.models.image.padim.lightning_model"
