@@ -10,7 +10,7 @@ READY := $(VENV)/.anomalib-pack-installed
 demo: $(READY)
 	$(BIN)/anomalib train --config configs/demo.yaml
 	@echo
-	@echo "Heat maps: results/Ulsad/SyntheticLoco/tray/latest/images/ (folders good, logical_anomalies, structural_anomalies)"
+	@echo "Heat maps: results/Ulsad/SyntheticLoco/tray/latest/images/test/ (folders good, logical_anomalies, structural_anomalies)"
 
 # Two processes with one thread each: most tests start programs that import for seconds, which threads do not speed up.
 # Whole files go to a process, because their tests share costly fixtures.

@@ -151,8 +151,9 @@ def _add(plugin: Plugin, cls: type, module: ModuleType) -> None:
     if name not in module.__all__:
         module.__all__.append(name)
     if module.__name__ == "anomalib.models":
-        # The list is a security check: the module that the user installed the entry point for, and nothing around it.
-        module.ALLOWED_MODULES.add(plugin.entry_point.module)
+        # The list is a security check: the module that the user installed the entry point for, the one that defines the
+        # class, which Anomalib's own configurations name, and nothing around them.
+        module.ALLOWED_MODULES.update({plugin.entry_point.module, cls.__module__})
 
 
 def _discover() -> list[Plugin]:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 
 import pandas as pd
+import torch
 from anomalib import TaskType
 from anomalib.data.datasets.base import AnomalibDataset
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,7 +19,8 @@ class MultiCategoryDataset(AnomalibDataset):
 
     Every item is a :class:`~anomalib_pack.data.GroupedImageItem` whose ``group`` is the category. ``samples`` has the
     columns that the categories' samples share, and ``group``. A batch has masks for all its images or for none: if some
-    categories have no masks, those of the others are left out, with a warning.
+    categories have anomalies without masks, those of the others are left out, with a warning. A category without
+    anomalies takes nothing away: its images get empty masks.
 
     Args:
         parts: Dataset of each category.
@@ -47,9 +49,12 @@ class MultiCategoryDataset(AnomalibDataset):
         except (OSError, SyntaxError, ValueError) as error:  # Pillow names no file
             msg = f"Cannot read {sample.image_path} or its mask: {error}. Replace the file, or remove it from the data."
             raise OSError(msg) from error
+        mask = None
+        if self.task == TaskType.SEGMENTATION:
+            mask = torch.zeros(item.image.shape[-2:]) if item.gt_mask is None else item.gt_mask
         return GroupedImageItem(
             image=item.image,
-            gt_mask=item.gt_mask if self.task == TaskType.SEGMENTATION else None,
+            gt_mask=mask,
             gt_label=item.gt_label,
             image_path=sample.image_path,
             mask_path=item.mask_path or "",
@@ -88,10 +93,11 @@ def _part_samples(category: str, part: AnomalibDataset, links: dict[str, str]) -
 
 
 def _joint_task(parts: dict[str, AnomalibDataset]) -> TaskType:
-    without = [name for name, part in parts.items() if part.task == TaskType.CLASSIFICATION]
-    if not without:
+    anomalous = {name: part for name, part in parts.items() if part.has_anomalous}
+    without = [name for name, part in anomalous.items() if part.task == TaskType.CLASSIFICATION]
+    if anomalous and not without:
         return TaskType.SEGMENTATION
-    if len(without) < len(parts):
+    if len(without) < len(anomalous):
         rank_zero_warn(
             f"The categories {', '.join(without)} have no masks. The masks of the other categories are left out, and "
             "with them the pixel metrics: a batch has masks for all its images or for none."

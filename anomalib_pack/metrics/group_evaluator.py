@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 import torch
-from anomalib.data import Batch
+from anomalib.data import Batch, MVTecLOCO
 from anomalib.metrics import AUROC, AnomalibMetric, F1Max, F1Score
 from anomalib.metrics.evaluator import Evaluator
 from lightning import LightningModule, Trainer
@@ -64,8 +64,11 @@ class GroupEvaluator(Evaluator):
 
     Overall values have Anomalib's names (``image_AUROC``), those of groups and the mean a suffix
     (``image_AUROC_logical_anomalies``, ``image_AUROC_mean``). With groups, a table is printed and written to
-    ``metrics.csv`` in the trainer's ``default_root_dir``. A group without normal or without anomalous images is left
-    out with a warning. Several processes give the values of one: every image counts once.
+    ``metrics.csv`` in the trainer's ``default_root_dir``. Several processes give the values of one: every image counts
+    once.
+
+    What does not exist is left out with a warning: a group without normal or without anomalous images; in a test set
+    without normal ones the overall metrics of labels, without anomalous ones those of masks too.
 
     ``mAD`` is the unweighted mean of AUROC, AP and F1-max of images and pixels and the pixel AUPRO, by their names in
     ``default_test_metrics``; without one of them it is not reported.
@@ -79,7 +82,7 @@ class GroupEvaluator(Evaluator):
             anomalous images, which is the type of defect in MVTec AD; normal images belong to every group.
 
     Raises:
-        ValueError: If ``group_by`` is neither of the two.
+        ValueError: If ``group_by`` is neither of the two, or two metrics have one name.
 
     Example:
         >>> from anomalib.models import Patchcore
@@ -102,13 +105,20 @@ class GroupEvaluator(Evaluator):
         # with this evaluator only.
         del self.test_metrics
         self.test_metrics = self.validate_metrics(default_test_metrics() if test_metrics is None else test_metrics)
+        for kind, metrics in (("val_metrics", self.val_metrics), ("test_metrics", self.test_metrics)):
+            _check_names(kind, [metric.name for metric in metrics])
         self.group_by = group_by
         self._store: list[SimpleNamespace] = []
         self._table: Table | None = None
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget an earlier run that was cut short."""
-        del trainer, pl_module
+        del pl_module
+        if type(trainer.datamodule) is MVTecLOCO:
+            rank_zero_warn(
+                "Anomalib's MVTecLOCO does not tell the groups of anomalies: metrics are reported for all images "
+                "together. MVTecLoco, with small letters, reads the same folder and reports each group."
+            )
         self._store.clear()
         self._table = None
 
@@ -146,9 +156,11 @@ class GroupEvaluator(Evaluator):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute, log, print and write the metrics."""
-        groups = self._reported_groups(trainer)
+        labels = self._labels(trainer)
+        groups = [group for group in sorted(labels.keys() - {EVERY_GROUP}) if _has_both_labels(group, labels)]
         device = self._store_device(trainer, pl_module)
-        rows = {group: with_mad(self._values(group, device)) for group in ("", *groups)}
+        existing = _existing(self.test_metrics, set().union(*labels.values()))
+        rows = {group: with_mad(self._values(existing, group, device)) for group in ("", *groups)}
         self._store.clear()
         if groups:
             rows["mean"] = mean_row([rows[group] for group in groups])
@@ -157,8 +169,8 @@ class GroupEvaluator(Evaluator):
             self._table = rich_table(rows)
             write_csv(rows, Path(trainer.default_root_dir) / "metrics.csv")
 
-    def _reported_groups(self, trainer: Trainer) -> list[str]:
-        """Names of the groups that have normal and anomalous images, counting the images of all processes."""
+    def _labels(self, trainer: Trainer) -> dict[str, set[bool]]:
+        """Labels that the images of each group have, counting the images of all processes."""
         labels: dict[str, set[bool]] = {}
         for samples in self._store:
             for index, group in enumerate(samples.group):
@@ -169,14 +181,14 @@ class GroupEvaluator(Evaluator):
         if trainer.world_size > 1:
             shares = [{}] * trainer.world_size
             dist.all_gather_object(shares, labels)
-        groups = sorted({group for share in shares for group in share} - {EVERY_GROUP})
-        return [group for group in groups if _has_both_labels(group, shares)]
+        groups = {group for share in shares for group in share}
+        return {group: set().union(*(share.get(group, set()) for share in shares)) for group in groups}
 
-    def _values(self, group: str, device: torch.device) -> dict[str, float]:
+    def _values(self, metrics: Sequence[AnomalibMetric], group: str, device: torch.device) -> dict[str, float]:
         """Values of the metrics whose fields exist, for a group or for all images."""
         values = {}
         curves: dict[tuple[str, ...], RocCorners] = {}
-        for metric in self.test_metrics:
+        for metric in metrics:
             fields = tuple(metric.fields)
             if isinstance(metric, pixel.PixelMetric) and fields in curves:
                 # Sorting the pixels is nearly all the work, and need not be done for each metric.
@@ -217,12 +229,39 @@ class GroupEvaluator(Evaluator):
             self._table = None
 
 
-def _has_both_labels(group: str, shares: list[dict[str, set[bool]]]) -> bool:
-    found = set().union(*(share.get(name, set()) for share in shares for name in (group, EVERY_GROUP)))
-    for label, name in ((False, "normal"), (True, "anomalous")):
-        if label not in found:
-            rank_zero_warn(f"Group {group!r} has no {name} test images: its metrics do not exist and are left out.")
-    return len(found) == 2
+def _check_names(argument: str, names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        msg = (
+            f"{argument} must have different names, or the last of two would replace the first, got "
+            f"{', '.join(twice)} twice. Give one of them another `prefix`."
+        )
+        raise ValueError(msg)
+
+
+def _has_both_labels(group: str, labels: dict[str, set[bool]]) -> bool:
+    missing = _missing_labels(labels[group] | labels.get(EVERY_GROUP, set()))
+    for kind in missing:
+        rank_zero_warn(f"Group {group!r} has no {kind} test images: its metrics do not exist and are left out.")
+    return not missing
+
+
+def _existing(metrics: Sequence[AnomalibMetric], labels: set[bool]) -> list[AnomalibMetric]:
+    """The metrics that exist for test images with these labels.
+
+    Labels of one kind have no ranking. Masks of anomalous images alone still have normal pixels.
+    """
+    existing = list(metrics)
+    for kind in _missing_labels(labels):
+        truths = {"gt_label", "gt_mask"} if kind == "anomalous" else {"gt_label"}
+        left_out = [metric.name for metric in existing if truths.intersection(metric.fields)]
+        existing = [metric for metric in existing if metric.name not in left_out]
+        rank_zero_warn(f"There are no {kind} test images: {', '.join(left_out)} do not exist and are left out.")
+    return existing
+
+
+def _missing_labels(labels: set[bool]) -> list[str]:
+    return [kind for label, kind in ((False, "normal"), (True, "anomalous")) if label not in labels]
 
 
 def _members(samples: SimpleNamespace, group: str) -> Tensor:

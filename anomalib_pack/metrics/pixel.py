@@ -137,7 +137,8 @@ class F1Max(PixelMetric):
 class AUPRO(PixelMetric):
     """Area under the curve of mean region overlap, normalised as in MVTec AD's evaluation.
 
-    Regions are the connected components of a mask, with diagonal neighbours, as in Anomalib.
+    Regions are the connected components of a mask, with diagonal neighbours, as in Anomalib. A limit other than the
+    default is part of the metric's name (``pixel_AUPRO_0.05``), so that both fit into one evaluator.
 
     Args:
         fpr_limit: False positive rate, in (0, 1], up to which the area counts.
@@ -147,12 +148,14 @@ class AUPRO(PixelMetric):
         ValueError: If ``fpr_limit`` is not in (0, 1].
     """
 
-    def __init__(self, fpr_limit: float = 0.3, **kwargs: Any) -> None:
+    def __init__(self, fpr_limit: float = DEFAULT_FPR_LIMIT, **kwargs: Any) -> None:
         if not 0 < fpr_limit <= 1:
             msg = f"fpr_limit must be in (0, 1], got {fpr_limit}."
             raise ValueError(msg)
         super().__init__(**kwargs)
         self.fpr_limit = fpr_limit
+        if fpr_limit != DEFAULT_FPR_LIMIT:
+            self.name = f"{self.name}_{fpr_limit:g}"
 
     def value(self, curve: RocCorners) -> float:
         """Read the metric off the curve."""

@@ -29,6 +29,7 @@ def test_found_by_name(name: str, model_class: type[AnomalibModule], case: Case)
         name.lower(),
         {"class_path": name},
         {"class_path": f"{model_class.__module__.split('.')[0]}.{name}"},
+        {"class_path": f"{model_class.__module__}.{name}"},
     ):
         assert type(get_model(request, **case.arguments)) is model_class
 
@@ -57,6 +58,12 @@ def test_impossible_values_are_named(model_class: type[AnomalibModule], case: Ca
             model_class(**(case.arguments | {argument: value}))
         given = value[0] if isinstance(value, list) else value
         assert str(given) in str(failure.value)
+
+
+def test_the_word_for_weights_of_stock_models_is_explained(model_class: type[AnomalibModule], case: Case) -> None:
+    expected = "no argument pre_trained, but .*weights" if "weights" in case.arguments else "pre_trained"
+    with pytest.raises(TypeError, match=expected):
+        model_class(**case.arguments, pre_trained=False)
 
 
 def test_torch_model_is_free_of_lightning(model: AnomalibModule) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -393,6 +394,22 @@ def test_masks_that_some_categories_lack_are_left_out(root):
     for batch in (datamodule.test_data.collate_fn(list(data)) for data in (datamodule.test_data, datamodule.val_data)):
         assert batch.gt_mask is None
         assert set(batch.group) == {"bars", "disc"}
+
+
+def test_category_without_anomalies_takes_no_masks_away(root, tmp_path):
+    shutil.copytree(root / "bars", tmp_path / "bars")
+    shutil.copytree(root / "disc", tmp_path / "disc")
+    shutil.rmtree(tmp_path / "bars" / "test" / "spot")
+    shutil.rmtree(tmp_path / "bars" / "ground_truth")
+    datamodule = MultiCategory("MVTecAD", tmp_path, num_workers=0)
+    datamodule.setup()
+    batch = datamodule.test_data.collate_fn([item for item in datamodule.test_data if item.image.shape[-1] == 32])
+    assert batch.gt_mask.flatten(1).any(dim=1).tolist() == batch.gt_label.tolist()
+    normal = [item for item in datamodule.test_data if item.group == "bars"]
+    assert normal
+    for item in normal:
+        assert item.gt_mask.shape == item.image.shape[-2:]
+        assert not item.gt_mask.any()
 
 
 # --- Result pictures ---

@@ -9,7 +9,7 @@ import ddp_run
 import numpy as np
 import pytest
 import torch
-from anomalib.data import MVTecAD
+from anomalib.data import MVTecAD, MVTecLOCO
 from anomalib.engine import Engine
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max
 from anomalib.models import Patchcore
@@ -21,7 +21,7 @@ from tiny_model import RawScores, TinyModel
 from torch.utils.data import DataLoader
 
 from anomalib_pack.metrics import GroupEvaluator, default_test_metrics, pixel
-from anomalib_pack.metrics.group_evaluator import rich_table, with_mad
+from anomalib_pack.metrics.group_evaluator import MAD_METRICS, rich_table, with_mad
 from anomalib_pack.metrics.roc import roc_corners
 from anomalib_pack.post_processing import RankPreservingPostProcessor
 
@@ -259,24 +259,69 @@ def test_groups_of_a_loco_dataset(loco, tmp_path):
     assert metrics["image_AUROC_logical_anomalies"] != metrics["image_AUROC_structural_anomalies"]
 
 
-@pytest.mark.parametrize(("anomalous", "missing"), [(True, "normal"), (False, "anomalous")])
-def test_incomplete_group_is_left_out(anomalous, missing, loco, tmp_path):
-    """All images are of one kind and belong to one group."""
+def metrics_of_one_label(loco, anomalous, results, group=None):
+    """Metrics of the test images with one label, all of one group."""
     loco.setup()
     dataset = loco.test_data
     dataset.samples = dataset.samples[dataset.samples.label_index == anomalous].reset_index(drop=True)
 
     def collate(items):
         batch = dataset.collate_fn(items)
-        batch.group = ["board"] * batch.batch_size
+        batch.group = group and [group] * batch.batch_size
         return batch
 
     loader = DataLoader(dataset, batch_size=4, collate_fn=collate)
     model = tiny_model(RankPreservingPostProcessor(), GroupEvaluator())
-    engine = Engine(accelerator="cpu", default_root_dir=tmp_path / "results", enable_progress_bar=False)
+    engine = Engine(accelerator="cpu", default_root_dir=results, enable_progress_bar=False)
+    return engine.test(model, dataloaders=loader)[0]
+
+
+@pytest.mark.parametrize(("anomalous", "missing"), [(True, "normal"), (False, "anomalous")])
+def test_incomplete_group_is_left_out(anomalous, missing, loco, tmp_path):
     with pytest.warns(UserWarning, match=f"Group 'board' has no {missing} test images"):
-        metrics = engine.test(model, dataloaders=loader)[0]
-    assert set(metrics) == set(DEFAULT_NAMES)
+        metrics = metrics_of_one_label(loco, anomalous, tmp_path, group="board")
+    assert not [name for name in metrics if "board" in name]
+
+
+def test_overall_metrics_without_anomalous_images_do_not_exist(loco, tmp_path):
+    with pytest.warns(UserWarning, match=r"no anomalous test images: image_AUROC, .*, pixel_AUPRO do not exist"):
+        metrics = metrics_of_one_label(loco, False, tmp_path)
+    assert not metrics
+
+
+def test_overall_metrics_without_normal_images(loco, tmp_path):
+    """Labels of one kind rank nothing; the masks have normal pixels all the same."""
+    with pytest.warns(UserWarning, match=r"no normal test images: image_AUROC, .*, image_F1Score do not exist"):
+        metrics = metrics_of_one_label(loco, True, tmp_path)
+    assert set(metrics) == {name for name in DEFAULT_NAMES if name.startswith("pixel")}
+
+
+def test_data_without_groups_name_those_with_them(loco, tmp_path):
+    model = tiny_model(RankPreservingPostProcessor(), GroupEvaluator())
+    engine = Engine(accelerator="cpu", default_root_dir=tmp_path / "results", enable_progress_bar=False)
+    anomalibs = MVTecLOCO(loco.root, loco.category, eval_batch_size=4, num_workers=0)
+    anomalibs.setup = lambda stage=None: None  # which fails with pandas 3
+    loco.setup()
+    anomalibs.test_data = loco.test_data
+    with pytest.warns(UserWarning, match="MVTecLoco, with small letters"):
+        engine.test(model, datamodule=anomalibs)
+
+
+def test_metrics_of_one_name_are_refused():
+    with pytest.raises(ValueError, match=r"test_metrics must have different names, .* got pixel_AUPRO twice"):
+        GroupEvaluator(test_metrics=[*default_test_metrics(), pixel.AUPRO(prefix="pixel_")])
+    with pytest.raises(ValueError, match=r"val_metrics must have different names"):
+        GroupEvaluator(val_metrics=[AUROC(fields=["pred_score", "gt_label"]), AUROC(fields=["anomaly_map", "gt_mask"])])
+
+
+def test_another_limit_is_part_of_the_name(loco, tmp_path):
+    metrics = [*default_test_metrics(), pixel.AUPRO(fpr_limit=0.05, prefix="pixel_", strict=False)]
+    loco.setup()
+    model = tiny_model(RankPreservingPostProcessor(), GroupEvaluator(test_metrics=metrics))
+    engine = Engine(accelerator="cpu", default_root_dir=tmp_path, enable_progress_bar=False)
+    values = engine.test(model, dataloaders=loco.test_dataloader())[0]
+    assert values["pixel_AUPRO"] != values["pixel_AUPRO_0.05"]
+    assert values["mAD"] == pytest.approx(np.mean([values[name] for name in MAD_METRICS]))
 
 
 def test_csv_of_a_run_without_logger(loco, tmp_path):
