@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Literal
 
@@ -26,12 +27,12 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, RandomGrayscale, Resize, ToDtype, ToImage
 
 from anomalib_pack.backbones import load_fitting, read_state_dict
-from anomalib_pack.checks import check_data, check_finite, check_pre_processor, require
+from anomalib_pack.checks import check_data, check_pre_processor, require
 from anomalib_pack.defaults import OneClassDefaults
 from anomalib_pack.passes import measures_of_normal_images, one_pass, sum_over_processes, validation_loader
 from anomalib_pack.quantiles import quantiles
 from anomalib_pack.statistics import channel_sums, mean_and_std
-from anomalib_pack.training import LIGHTNING_DEFAULT_EPOCHS, ValidatesAtTheEnd
+from anomalib_pack.training import LIGHTNING_DEFAULT_EPOCHS, EndsOnBadLoss, ValidatesAtTheEnd
 
 from .images import ImageFiles, find_images
 from .torch_model import DistilledEfficientAdModel
@@ -45,7 +46,7 @@ PENALTY_GRAYSCALE = 0.3  # comments on Alg. 1
 QUANTILES = (0.9, 0.995)  # Alg. 1, lines 56 and 57
 
 
-class DistilledEfficientAd(ValidatesAtTheEnd, OneClassDefaults, EfficientAd, AnomalibModule):
+class DistilledEfficientAd(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, EfficientAd, AnomalibModule):
     """Anomalib's EfficientAd with a teacher and penalty images from local files.
 
     Networks, losses, maps and scores are Anomalib's. What differs:
@@ -177,8 +178,9 @@ class DistilledEfficientAd(ValidatesAtTheEnd, OneClassDefaults, EfficientAd, Ano
             ]
         )
         images = ImageFiles(self.penalty_paths, lambda image: (transform(image),))  # Anomalib takes the first of a pair
-        self.imagenet_loader = DataLoader(images, self.batch_size, shuffle=True)
-        self.imagenet_iterator = iter(self.imagenet_loader)
+        pinned = self.device.type == "cuda"  # a copy from other memory would make Python wait
+        self.imagenet_loader = DataLoader(images, self.batch_size, shuffle=True, pin_memory=pinned)
+        self.imagenet_iterator = chain.from_iterable(repeat(self.imagenet_loader))
 
     @torch.no_grad()
     def teacher_channel_mean_std(self, dataloader: DataLoader) -> dict[str, torch.Tensor]:
@@ -198,10 +200,14 @@ class DistilledEfficientAd(ValidatesAtTheEnd, OneClassDefaults, EfficientAd, Ano
         }
 
     def training_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
-        """Compute Anomalib's loss and check it."""
-        output = super().training_step(batch)
-        check_finite(output["loss"], batch)
-        return output
+        """Compute the losses as Anomalib does (Alg. 1, lines 13 to 38), without waiting for their values to log them."""
+        penalty_images = next(self.imagenet_iterator)[0].to(batch.image.device, non_blocking=True)
+        losses = self.model(batch.image, penalty_images)
+        loss = sum(losses)
+        self.watch_loss(loss, batch.image_path)
+        for name, value in zip(("st", "ae", "stae", "loss"), (*losses, loss), strict=True):
+            self.log(f"train_{name}", value.detach(), on_epoch=True, prog_bar=True, batch_size=len(batch))
+        return {"loss": loss}
 
     def on_validation_start(self) -> None:
         """Measure the quantiles that normalise the maps."""

@@ -7,12 +7,15 @@ Status: the same maps and scores as Anomalib's.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import torch
 from anomalib.data import InferenceBatch
-from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel
+from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel, reduce_tensor_elems
+from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
+HARD = 0.999  # p_hard, quantile of the distances from which on they count (Alg. 1, line 18)
 MINIMUM_SIZE = 256  # the autoencoder's EncConv-6 needs an 8 x 8 input, five halvings away from the image (Table 3)
 
 
@@ -68,3 +71,35 @@ class DistilledEfficientAdModel(EfficientAdModel):
         if self.training:
             return result
         return InferenceBatch(pred_score=result.pred_score.flatten(), anomaly_map=result.anomaly_map)  # Anomalib: Bx1
+
+    def compute_losses(
+        self, batch: torch.Tensor, batch_imagenet: torch.Tensor, distance_st: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Compute Anomalib's losses without waiting for a value (Alg. 1, lines 17 to 37).
+
+        Args:
+            batch: RGB in [0, 1], (B, 3, H, W).
+            batch_imagenet: Penalty images of the same kind and size.
+            distance_st: Squared differences of student and teacher, (B, C, h, w).
+
+        Returns:
+            The losses of student and teacher, of the autoencoder, and of student and autoencoder.
+        """
+        channels = self.teacher_out_channels
+        distances = reduce_tensor_elems(distance_st)
+        hard = distances >= torch.quantile(distances, HARD)
+        penalty = self.student(batch_imagenet)[:, :channels].square().mean()
+        loss_st = (distances * hard).sum() / hard.sum() + penalty
+
+        augmented = self.choose_random_aug_image(batch)
+        autoencoder = self.ae(augmented, batch.shape[-2:])
+        with torch.no_grad():
+            teacher = self._normalize_teacher(self.teacher(augmented))
+        student = self.student(augmented)[:, channels:]
+        return loss_st, (teacher - autoencoder).square().mean(), (autoencoder - student).square().mean()
+
+    @staticmethod
+    def choose_random_aug_image(image: torch.Tensor) -> torch.Tensor:
+        """Change brightness, contrast or saturation, as Anomalib does, drawn without tensors (Alg. 1, lines 24 to 29)."""
+        change = random.choice((adjust_brightness, adjust_contrast, adjust_saturation))
+        return change(image, random.uniform(0.8, 1.2))

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_pack.blur import gaussian_blur
+
 BLUR_SIGMA = 4.0  # published code; the paper does not smooth its maps
 
 
@@ -59,12 +61,7 @@ def blur(maps: torch.Tensor, width: int) -> torch.Tensor:
     Returns:
         (B, 1, H, W).
     """
-    offsets = torch.arange(width, device=maps.device, dtype=maps.dtype) - width // 2
-    weights = torch.exp(-offsets.square() / (2 * BLUR_SIGMA**2))
-    weights = weights / weights.sum()
-    with torch.autocast(maps.device.type, enabled=False):  # half precision would merge scores
-        rows = F.conv2d(maps, weights.view(1, 1, 1, width), padding=(0, width // 2))
-        return F.conv2d(rows, weights.view(1, 1, width, 1), padding=(width // 2, 0))
+    return gaussian_blur(maps, width, BLUR_SIGMA, border="constant")
 
 
 def image_score(anomaly_map: torch.Tensor, top_ratio: float) -> torch.Tensor:

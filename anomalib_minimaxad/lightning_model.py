@@ -19,10 +19,10 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torchvision.transforms.v2 import Compose, Resize
 
 from anomalib_pack.backbones import plain
-from anomalib_pack.checks import check_data, check_finite, check_pre_processor, require
+from anomalib_pack.checks import check_data, check_pre_processor, require
 from anomalib_pack.defaults import OneClassDefaults
 from anomalib_pack.passes import share_buffers
-from anomalib_pack.training import ValidatesAtTheEnd, spread_validations, train_for_paper_epochs
+from anomalib_pack.training import EndsOnBadLoss, ValidatesAtTheEnd, spread_validations, train_for_paper_epochs
 
 from .loss import MiniMaxAdLoss
 from .torch_model import MiniMaxAdModel
@@ -33,7 +33,7 @@ PAPER_EPOCHS = 160  # Sec. 4.1, MVTec AD and VisA with all classes; other data s
 LR_DECAY = 0.995  # for each epoch, Sec. 4.1
 
 
-class MiniMaxAd(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
+class MiniMaxAd(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
     """MiniMaxAD: minimal parameters, maximal effective capacity.
 
     One model for one or many product categories; it is not told which category an image shows. With
@@ -143,7 +143,7 @@ class MiniMaxAd(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
     def training_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
         """Compute the loss (Eqs. 1 and 6 to 8)."""
         loss = self.loss(self.model(batch.image))
-        check_finite(loss, batch)
+        self.watch_loss(loss, batch.image_path)
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(batch))
         return {"loss": loss}
 

@@ -1,4 +1,4 @@
-"""Checks before and while a model trains, so that bad input is named before an epoch is wasted."""
+"""Checks before a model trains, so that bad input is named before an epoch is wasted."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.data import AnomalibDataModule
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.data.utils import read_image
 from anomalib.models.components import AnomalibModule
@@ -124,20 +123,6 @@ def naming_unreadable_images(dataset: Dataset) -> Iterator[None]:
             if message:
                 raise ValueError(message) from error
         raise
-
-
-def check_finite(loss: torch.Tensor, batch: ImageBatch) -> None:
-    """Check a training loss.
-
-    Raises:
-        ValueError: If it is NaN or infinite; the message names the images of the batch.
-    """
-    if not torch.isfinite(loss):
-        msg = (
-            f"The training loss is {loss.item()} on the images {batch.image_path}. Check these images, or use a lower "
-            "learning rate or 32-bit precision."
-        )
-        raise ValueError(msg)
 
 
 def image_paths(dataset: Dataset) -> list[str]:

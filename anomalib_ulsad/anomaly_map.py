@@ -6,11 +6,12 @@ Status: exact to the published code; differences from the paper's text are marke
 from __future__ import annotations
 
 import torch
-from kornia.filters import gaussian_blur2d
 from torch.nn import functional as F  # noqa: N812
 
-BLUR_SIGMA = (4.0, 4.0)  # published code; the paper does not smooth its maps
-BLUR_KERNEL = (33, 33)
+from anomalib_pack.blur import gaussian_blur
+
+BLUR_SIGMA = 4.0  # published code; the paper does not smooth its maps
+BLUR_WIDTH = 33
 
 
 def feature_distance(prediction: torch.Tensor, target: torch.Tensor, weight: float) -> torch.Tensor:
@@ -48,8 +49,7 @@ def smooth_map(distance: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         Smoothed map (B, 1, H, W).
     """
     full = F.interpolate(distance.unsqueeze(1), size=size, mode="bilinear", align_corners=False)
-    with torch.autocast(full.device.type, enabled=False):  # half precision would merge scores
-        return gaussian_blur2d(full, BLUR_KERNEL, BLUR_SIGMA, border_type="reflect", separable=True)
+    return gaussian_blur(full, BLUR_WIDTH, BLUR_SIGMA, border="reflect")
 
 
 def normalise_map(maps: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,6 @@ from torchvision.transforms.v2 import Compose, Resize
 
 from anomalib_pack.backbones import plain
 from anomalib_pack.checks import (
-    check_finite,
     check_normal_validation_images,
     check_pre_processor,
     check_training_images,
@@ -39,7 +38,7 @@ from anomalib_pack.passes import (
 )
 from anomalib_pack.quantiles import quantiles
 from anomalib_pack.statistics import channel_sums, mean_and_std
-from anomalib_pack.training import ValidatesAtTheEnd, train_for_paper_epochs
+from anomalib_pack.training import EndsOnBadLoss, ValidatesAtTheEnd, train_for_paper_epochs
 
 from .loss import UlsadLoss
 from .torch_model import BranchMaps, UlsadModel, combine
@@ -47,7 +46,7 @@ from .torch_model import BranchMaps, UlsadModel, combine
 PAPER_EPOCHS = 200  # Sec. 4.1
 
 
-class Ulsad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
+class Ulsad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
     """ULSAD: Unified framework for Logical and Structural Anomaly Detection.
 
     Training needs a validation set with normal images (they normalise the maps) and images of at least 256 x 256
@@ -182,7 +181,7 @@ class Ulsad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
             return None
         losses = self.loss(self.model.branches(batch.image))
         loss = torch.stack(list(losses.values())).sum()
-        check_finite(loss, batch)
+        self.watch_loss(loss, batch.image_path)
         for name, value in losses.items():
             self.log(f"train_{name}", value.detach(), on_epoch=True, batch_size=len(batch))
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(batch))

@@ -21,9 +21,9 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torchvision.transforms.v2 import Compose, Resize
 
 from anomalib_pack.backbones import plain
-from anomalib_pack.checks import check_data, check_finite, check_pre_processor, require
+from anomalib_pack.checks import check_data, check_pre_processor, require
 from anomalib_pack.defaults import OneClassDefaults
-from anomalib_pack.training import ValidatesAtTheEnd, spread_validations
+from anomalib_pack.training import EndsOnBadLoss, ValidatesAtTheEnd, spread_validations
 
 from .loss import UniadLoss
 from .torch_model import UniadModel
@@ -33,7 +33,7 @@ LR_DROP_FACTOR = 0.1  # Sec. 4.2
 GRADIENT_NORM = 0.1  # published code
 
 
-class Uniad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
+class Uniad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
     """UniAD: Unified model for multi-class Anomaly Detection.
 
     One model for one or many product categories; it is not told which category an image shows. With
@@ -150,7 +150,7 @@ class Uniad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
     def training_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
         """Compute the reconstruction loss (Eq. 4)."""
         loss = self.loss(self.model(batch.image))
-        check_finite(loss, batch)
+        self.watch_loss(loss, batch.image_path)
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(batch))
         return {"loss": loss}
 

@@ -121,9 +121,10 @@ class FeatureReconstruction(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Reconstruct features (B, C, h, w); in training mode from jittered ones."""
         tokens = features.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, N, C)
-        # Published code: one draw decides for the whole batch.
-        if self.training and torch.rand(()) < self.jitter_prob:
-            tokens = jitter(tokens, torch.randn_like(tokens), self.jitter_scale)
+        if self.training:
+            # Published code: one draw decides for the whole batch. It stays on the device, and nobody waits for it.
+            drawn = torch.rand((), device=tokens.device) < self.jitter_prob
+            tokens = torch.where(drawn, jitter(tokens, torch.randn_like(tokens), self.jitter_scale), tokens)
         masks = [self.mask if masked else None for masked in self.masked]
         decoded = self.transformer(self.input_proj(tokens), self.pos_embed(), masks)
         return self.output_proj(decoded).transpose(1, 2).unflatten(2, self.grid)  # (B, N, C) -> (B, C, h, w)

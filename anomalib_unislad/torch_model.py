@@ -169,12 +169,19 @@ class UnisladModel(nn.Module):
         # Ours: the paper does not say how distances of different kinds come to one scale.
         self.register_buffer("score_mean", torch.zeros(len(SCORES)))
         self.register_buffer("score_std", torch.ones(len(SCORES)))
-        self.register_buffer("fitted", torch.tensor(data=False))
 
     @property
     def has_banks(self) -> bool:
         """Whether there are patch-level memory banks."""
         return self.local_bank is not None or self.global_bank is not None
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether memory banks and distributions hold something: by their shapes, which nobody has to wait for."""
+        banks = [bank.neighbors.bank for bank in (self.local_bank, self.global_bank) if bank is not None]
+        distributions = (self.local_distribution, self.global_distribution, self.class_distribution)
+        spans = [distribution.directions for distribution in distributions if distribution is not None]
+        return all(len(rows) > 0 for rows in (*banks, *spans))
 
     def check_image_size(self, size: Sequence[int]) -> None:
         """Check that the networks can take images of this (height, width).
@@ -216,7 +223,6 @@ class UnisladModel(nn.Module):
         for distribution, rows in zip(distributions, vectors, strict=True):
             if distribution is not None:
                 distribution.fit(rows)  # Eq. 15
-        self.fitted.fill_(value=True)
 
     def patch_map(self, features: Features) -> torch.Tensor | None:
         """Step 7: S_p (B, 1, h, w) on the finer grid (Eqs. 16 to 18)."""
@@ -266,7 +272,7 @@ class UnisladModel(nn.Module):
             ValueError: If there is no memory bank yet, or the networks cannot take images of this size.
         """
         features = self.extract(images)
-        if not torch.compiler.is_exporting() and not self.fitted:
+        if not self.is_fitted:
             msg = "Unislad has no memory banks yet. Train it (one pass over the training images) or load a checkpoint."
             raise ValueError(msg)
         with torch.autocast(images.device.type, enabled=False):  # half precision would merge scores

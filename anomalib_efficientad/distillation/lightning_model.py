@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from anomalib_pack.backbones import plain
 from anomalib_pack.checks import require
 from anomalib_pack.statistics import channel_sums, mean_and_std
+from anomalib_pack.training import EndsOnBadLoss
 
 from .torch_model import PatchFeatures
 
@@ -31,7 +32,7 @@ NETWORKS = {
 BACKBONE = "features.backbone."  # prefix of the frozen tensors
 
 
-class TeacherDistillation(LightningModule):
+class TeacherDistillation(EndsOnBadLoss, LightningModule):
     """Distillation of a pretrained network into a patch description network (Algorithm 3).
 
     Batches are pairs of the same images as RGB in [0, 1]: (B, 3, H, W) for the pretrained network and
@@ -113,17 +114,11 @@ class TeacherDistillation(LightningModule):
         self.measured.fill_(True)
 
     def training_step(self, batch: Sequence[torch.Tensor], _batch_idx: int) -> torch.Tensor:
-        """Compute the loss of a batch (Alg. 3, lines 21 to 28).
-
-        Raises:
-            ValueError: If it is NaN or infinite.
-        """
+        """Compute the loss of a batch (Alg. 3, lines 21 to 28)."""
         large, small = batch
         target = (self.features(large) - self.feature_mean) / self.feature_std  # lines 21 and 22
         loss = F.mse_loss(self.teacher(small), target)  # lines 23 to 28: the mean of equally large means
-        if not torch.isfinite(loss):
-            msg = f"The loss is {loss.item()}. Use a lower learning rate, or check the backbone's weights."
-            raise ValueError(msg)
+        self.watch_loss(loss)
         self.log("loss", loss.detach(), prog_bar=True, batch_size=len(small))
         return loss
 
@@ -135,6 +130,7 @@ class TeacherDistillation(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the pretrained network, which never changes."""
+        super().on_save_checkpoint(checkpoint)
         tensors = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in tensors.items() if not name.startswith(BACKBONE)}
 

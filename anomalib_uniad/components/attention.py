@@ -31,16 +31,16 @@ def neighbor_mask(grid: tuple[int, int], neighbors: tuple[int, int]) -> torch.Te
                 [0., 0., -inf, -inf]])
     """
     h, w = grid
-    rows, columns = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
-    near_rows = (rows.unsqueeze(1) - rows).abs() <= neighbors[0] // 2
-    near_columns = (columns.unsqueeze(1) - columns).abs() <= neighbors[1] // 2
-    hidden = near_rows & near_columns  # (N, N)
-    if hidden.all(dim=1).any():
+    if h // 2 <= neighbors[0] // 2 and w // 2 <= neighbors[1] // 2:  # the token in the middle sees the least
         msg = (
             f"neighbor_size must leave every token something to attend to, got {neighbors[0]} x {neighbors[1]} on a "
             f"feature_size of {h} x {w}. Choose a smaller neighbor_size or a larger feature_size."
         )
         raise ValueError(msg)
+    rows, columns = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
+    near_rows = (rows.unsqueeze(1) - rows).abs() <= neighbors[0] // 2
+    near_columns = (columns.unsqueeze(1) - columns).abs() <= neighbors[1] // 2
+    hidden = near_rows & near_columns  # (N, N)
     return torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))
 
 
