@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.anomalib-pack-installed
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow test-gpu lint format clean
 
 demo: $(READY)
 	$(BIN)/anomalib train --config configs/demo.yaml
@@ -20,6 +20,12 @@ test: $(READY)
 # What takes minutes for each test, with time for it.
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 COMMAND_TIMEOUT=1800 $(BIN)/python -m pytest -m slow
+
+# What needs a CUDA device, then latency, throughput and memory of all models on it. FAISS must be the GPU's to be tested.
+test-gpu: $(READY)
+	$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'test-gpu needs a CUDA device; PyTorch finds none.')"
+	COMMAND_TIMEOUT=1800 $(BIN)/python -m pytest -m gpu
+	$(BIN)/anomalib efficiency --config configs/efficiency/all.yaml
 
 lint: $(READY)
 	$(BIN)/ruff check .

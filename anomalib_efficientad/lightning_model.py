@@ -200,7 +200,7 @@ class DistilledEfficientAd(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, E
         }
 
     def training_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
-        """Compute the losses as Anomalib does (Alg. 1, lines 13 to 38), without waiting for their values to log them."""
+        """Compute the losses as Anomalib does (Alg. 1, lines 13 to 38), without waiting for their values."""
         penalty_images = next(self.imagenet_iterator)[0].to(batch.image.device, non_blocking=True)
         losses = self.model(batch.image, penalty_images)
         loss = sum(losses)

@@ -15,7 +15,7 @@ from anomalib.data import InferenceBatch
 from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel, reduce_tensor_elems
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
-HARD = 0.999  # p_hard, quantile of the distances from which on they count (Alg. 1, line 18)
+HARD = 0.999  # p_hard, quantile of the distances from which on they count (Alg. 1, line 19)
 MINIMUM_SIZE = 256  # the autoencoder's EncConv-6 needs an 8 x 8 input, five halvings away from the image (Table 3)
 
 
@@ -75,7 +75,7 @@ class DistilledEfficientAdModel(EfficientAdModel):
     def compute_losses(
         self, batch: torch.Tensor, batch_imagenet: torch.Tensor, distance_st: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Compute Anomalib's losses without waiting for a value (Alg. 1, lines 17 to 37).
+        """Compute Anomalib's losses without waiting for a value (Alg. 1, lines 19 to 37).
 
         Args:
             batch: RGB in [0, 1], (B, 3, H, W).
@@ -100,6 +100,6 @@ class DistilledEfficientAdModel(EfficientAdModel):
 
     @staticmethod
     def choose_random_aug_image(image: torch.Tensor) -> torch.Tensor:
-        """Change brightness, contrast or saturation, as Anomalib does, drawn without tensors (Alg. 1, lines 24 to 29)."""
+        """Change brightness, contrast or saturation as Anomalib does, drawn without tensors (Alg. 1, lines 23 to 28)."""
         change = random.choice((adjust_brightness, adjust_contrast, adjust_saturation))
         return change(image, random.uniform(0.8, 1.2))

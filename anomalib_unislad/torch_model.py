@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import torch
 from anomalib.data import InferenceBatch
-from anomalib.models.components.filters import GaussianBlur2d
 from torch import nn
 from torch.nn.functional import interpolate
 
 from anomalib_pack.backbones import FrozenBackbone
+from anomalib_pack.blur import gaussian_blur
 from anomalib_pack.checks import require
 from anomalib_pack.neighbors import NearestNeighbors
+from anomalib_pack.precision import Float32State
 
 from .anomaly_map import class_similarity, fuse
 from .components import POOLINGS, LocalAggregator, NominalDistribution, Whitening, image_vector
@@ -33,6 +34,7 @@ BLOCKS = (
 )
 SCORES = ("local", "global", "class", "patch")  # order of the statistics of scores
 SIGMA = 4  # of the Gaussian, in pixels of the image
+BLUR_WIDTH = 33  # PatchCore: it ends four sigmas from its centre
 
 
 class Features(NamedTuple):
@@ -51,7 +53,7 @@ class Vectors(NamedTuple):
     class_token: torch.Tensor | None  # (B, D_g)
 
 
-class PatchBank(nn.Module):
+class PatchBank(Float32State, nn.Module):
     """Memory bank M of whitened features, and distances from it (Eqs. 11 and 16)."""
 
     def __init__(self, dimension: int, shrinkage: float, whitening: bool, search: str, index: str) -> None:
@@ -165,7 +167,6 @@ class UnisladModel(nn.Module):
             if image_distribution:
                 self.global_distribution = NominalDistribution(spread * dimension, shrinkage)
                 self.class_distribution = NominalDistribution(dimension, shrinkage)
-        self.blur = GaussianBlur2d(sigma=SIGMA, channels=1)
         # Ours: the paper does not say how distances of different kinds come to one scale.
         self.register_buffer("score_mean", torch.zeros(len(SCORES)))
         self.register_buffer("score_std", torch.ones(len(SCORES)))
@@ -282,7 +283,8 @@ class UnisladModel(nn.Module):
                 return InferenceBatch(pred_score=score)
             # Step 9, in the manner of PatchCore.
             full = interpolate(patch_map, size=images.shape[-2:], mode="bilinear", align_corners=False)
-            return InferenceBatch(pred_score=score, anomaly_map=self.blur(full))
+            blurred = gaussian_blur(full, BLUR_WIDTH, SIGMA, border="reflect")
+            return InferenceBatch(pred_score=score, anomaly_map=blurred)
 
 
 def build_vit(name: str, layer: int, weights: str | Path | None) -> FrozenBackbone:

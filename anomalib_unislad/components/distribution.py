@@ -6,12 +6,13 @@ import torch
 from anomalib.models.components import DynamicBufferMixin
 from torch import nn
 
+from anomalib_pack.precision import Float32State
 from anomalib_pack.statistics import in_float64
 
 from .whitening import ridge
 
 
-class NominalDistribution(DynamicBufferMixin, nn.Module):
+class NominalDistribution(Float32State, DynamicBufferMixin, nn.Module):
     """Mean and covariance of normal images' vectors.
 
     There are often fewer images than dimensions. The covariance S is then singular, and S + ridge I takes its place

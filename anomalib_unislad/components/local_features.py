@@ -28,11 +28,12 @@ class LocalAggregator(nn.Module):
         self.patch_size = patch_size
         self.dimension = dimension
         # Row j of the pooling matrix: the weights of all channels in output channel j.
-        weights = adaptive_avg_pool1d(torch.eye(sum(channels)), dimension).T
+        total = sum(channels)
+        weights = adaptive_avg_pool1d(torch.eye(total), dimension).T
         self.parts: list[slice] = []
         for block, columns in enumerate(weights.split(list(channels), dim=1)):
-            rows = columns.any(dim=1).nonzero().flatten()
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            start, stop = sum(channels[:block]), sum(channels[: block + 1])
+            part = slice(start * dimension // total, -(-stop * dimension // total))
             self.parts.append(part)
             self.register_buffer(f"weight{block}", columns[part, :, None, None].contiguous(), persistent=False)
 

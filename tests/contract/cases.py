@@ -6,11 +6,14 @@ To exempt a model from a check: ``xfail`` with the check's name and a reason; it
 when the check passes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
 
+from anomalib.models import AnomalibModule
 from teacher import PENALTY_IMAGES, TEACHER, TEACHER_CHANNELS
+from untrained import fill_banks, give_penalty_images
 
 DISTRIBUTION = "anomalib-pack"
 
@@ -26,8 +29,10 @@ class Case:
     progress: tuple[str, ...]  # labels of the progress bars of long passes
     refused_size: tuple[int, int]  # an input size (height, width) that the networks cannot take
     other_size: tuple[int, int]  # a non-square one that they can
+    published: dict[str, Any] = field(default_factory=dict)  # arguments beside the defaults, which are the paper's
+    complete: Callable[[AnomalibModule], None] = lambda _model: None  # gives an untrained model what it needs to run
     xfail: dict[str, str] = field(default_factory=dict)  # name of a check -> reason
-    slow: bool = False  # nothing makes it small: only its interface is checked without `pytest -m slow`
+    slow: bool = False  # nothing makes it small: without `pytest -m slow` only what is quick for any
 
 
 CASES = {
@@ -49,6 +54,7 @@ CASES = {
         progress=("Checking images", "Teacher statistics", "Quantiles of normal maps"),
         refused_size=(192, 256),  # below the autoencoder's smallest input
         other_size=(256, 320),
+        complete=give_penalty_images,
         xfail={
             "test_local_weights": "has a teacher instead of a backbone; tests/efficientad has it for `teacher_weights`",
             "test_missing_weights": "likewise; tests/efficientad has it for `teacher_weights`",
@@ -187,12 +193,15 @@ CASES = {
         progress=("Features", "Coreset of local patches", "Coreset of global patches", "Scores of normal images"),
         refused_size=(200, 224),  # no multiple of the transformer's patches
         other_size=(128, 192),
+        published={"search": "torch"},  # FAISS needs tensors with values
+        complete=fill_banks,
         xfail={
             "test_inference": "has no memory banks before it is trained; tests/unislad has it with some",
             "test_an_image_scores_the_same_in_any_batch": "likewise",
             "test_cuda_agrees_with_the_cpu": "likewise",
             "test_resumes_after_a_kill": "is trained in one pass, there is no second epoch",
             "test_loss_that_is_not_a_number": "trains no parameter; the coreset refuses features that are not finite",
+            "test_bad_weights_never_replace_good_ones": "trains no parameter, in one epoch",
         },
     ),
 }

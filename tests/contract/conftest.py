@@ -11,12 +11,14 @@ from cases import CASES, Case, registered_models
 from filelock import FileLock
 from runs import SEED, Trained, run_command, write_config
 
+QUICK = ("test_interface", "test_waits_for_nothing")  # files that take seconds for any model
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what would take minutes: everything of a slow model but its interface."""
+    """Mark what would take minutes: everything of a slow model but what is quick for any."""
     for item in items:
         name = getattr(item, "callspec", None) and item.callspec.params.get("name")
-        if name in CASES and CASES[name].slow and item.module.__name__ != "test_interface":
+        if name in CASES and CASES[name].slow and item.module.__name__ not in QUICK:
             item.add_marker(pytest.mark.slow)
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from anomalib.data import Folder
+from anomalib.callbacks import ModelCheckpoint
+from anomalib.data import Folder, ImageBatch
 from anomalib.models import AnomalibModule
 from cases import Case
+from lightning.pytorch import Callback
 from PIL import Image
 from runs import SEED, TIMEOUT, Trained, quiet_engine, run_cli, run_command, write_config, write_model_config
 
@@ -220,6 +222,53 @@ def test_loss_that_is_not_a_number(model: AnomalibModule, loco_root: Path, tmp_p
                 parameter.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"loss is nan .*\.png"):
         fit_on(model, loco_root, tmp_path)
+
+
+class Spoil(Callback):
+    """Makes the weights NaN in the second epoch, before its second batch or after its last step."""
+
+    def __init__(self, after_the_last: bool) -> None:
+        self.after_the_last = after_the_last
+        self.images: list[str] = []  # of the batch where it can be seen first
+        self.validated = 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.current_epoch == 1 and batch_idx == 1 and not self.after_the_last:
+            self.spoil(pl_module, batch)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.current_epoch == 1 and self.after_the_last:
+            self.images = batch.image_path
+            if trainer.is_last_batch:
+                self.spoil(pl_module, batch)
+
+    def spoil(self, module: AnomalibModule, batch: ImageBatch) -> None:
+        self.images = batch.image_path
+        with torch.no_grad():
+            for parameter in module.model.parameters():
+                if parameter.requires_grad:
+                    parameter.fill_(float("nan"))
+
+    def on_validation_start(self, trainer, pl_module) -> None:
+        self.validated += 1
+
+
+@pytest.mark.parametrize("after_the_last", [False, True], ids=["loss", "weights"])
+def test_bad_weights_never_replace_good_ones(
+    model: AnomalibModule, loco: MVTecLoco, tmp_path: Path, after_the_last: bool
+) -> None:
+    """Where a loss or a gradient breaks, the training ends, names the images, and leaves the last good checkpoint."""
+    spoil, checkpoints = Spoil(after_the_last), ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+    engine = quiet_engine(tmp_path, max_epochs=3, callbacks=[spoil, checkpoints])
+    with pytest.raises(ValueError, match="weights .* are not finite" if after_the_last else "loss is nan") as failure:
+        engine.fit(model, datamodule=loco)
+    assert f"on the images {spoil.images}." in str(failure.value)
+    assert spoil.validated == 1
+    kept = [load(path) for path in (tmp_path / "checkpoints").iterdir()]
+    assert kept
+    for checkpoint in kept:
+        assert checkpoint["epoch"] == 0
+        assert all(checkpoint["state_dict"][f"model.{key}"].isfinite().all() for key in model.model.state_dict())
 
 
 def test_uniform_images(model: AnomalibModule, loco_root: Path, tmp_path: Path) -> None:
