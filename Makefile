@@ -21,11 +21,11 @@ test: $(READY)
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 COMMAND_TIMEOUT=1800 $(BIN)/python -m pytest -m slow
 
-# What needs a CUDA device, then latency, throughput and memory of all models on it. FAISS must be the GPU's to be tested.
+# What needs a CUDA device, and whatever comes of it, latency, throughput and memory of all models there.
 test-gpu: $(READY)
 	$(BIN)/python -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'test-gpu needs a CUDA device; PyTorch finds none.')"
-	COMMAND_TIMEOUT=1800 $(BIN)/python -m pytest -m gpu
-	$(BIN)/anomalib efficiency --config configs/efficiency/all.yaml
+	COMMAND_TIMEOUT=1800 $(BIN)/python -m pytest -m gpu; tests=$$?; \
+	$(BIN)/anomalib efficiency --config configs/efficiency/all.yaml && exit $$tests
 
 lint: $(READY)
 	$(BIN)/ruff check .

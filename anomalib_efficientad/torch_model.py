@@ -100,6 +100,6 @@ class DistilledEfficientAdModel(EfficientAdModel):
 
     @staticmethod
     def choose_random_aug_image(image: torch.Tensor) -> torch.Tensor:
-        """Change brightness, contrast or saturation as Anomalib does, drawn without tensors (Alg. 1, lines 23 to 28)."""
+        """Change brightness, contrast or saturation as Anomalib does, drawn by Python (Alg. 1, lines 23 to 28)."""
         change = random.choice((adjust_brightness, adjust_contrast, adjust_saturation))
         return change(image, random.uniform(0.8, 1.2))
