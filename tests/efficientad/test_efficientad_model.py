@@ -1,6 +1,7 @@
 """What DistilledEfficientAd does unlike Anomalib's EfficientAd, and that all else is the same."""
 
 import pickle
+import random
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from anomalib.models import EfficientAd
 from anomalib.models.image.efficient_ad import torch_model
 from PIL import Image
 from safetensors.torch import save_file
+from torchvision.transforms import functional
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize, ToTensor
 from watch import Watch
 
@@ -77,6 +79,7 @@ def test_training(model: DistilledEfficientAd, loco: MVTecLoco, teacher_file: Pa
 def test_the_same_as_anomalib(model: DistilledEfficientAd) -> None:
     """Maps, scores and losses; without statistics, and with some."""
     theirs = torch_model.EfficientAdModel(8)
+    theirs.choose_random_aug_image = model.model.choose_random_aug_image  # of other random numbers: see the next test
     for set_statistics in (False, True):
         ours = model.model
         if set_statistics:
@@ -91,12 +94,28 @@ def test_the_same_as_anomalib(model: DistilledEfficientAd) -> None:
             losses = []
             for network in (ours.train(), theirs.train()):
                 torch.manual_seed(0)
-                losses.append(network(IMAGES[:1], IMAGES[1:]))
-            assert losses[0] == losses[1]
+                random.seed(0)
+                losses.append(torch.stack(network(IMAGES[:1], IMAGES[1:])))
+            torch.testing.assert_close(*losses, atol=0, rtol=1e-5)
     arguments = {"teacher_out_channels": 8, "pre_processor": False}
     stock = EfficientAd(**arguments)
     assert (stock.lr, stock.weight_decay, stock.batch_size) == (model.lr, model.weight_decay, model.batch_size)
     assert stock.trainer_arguments == model.trainer_arguments
+
+
+def test_augmentations(model: DistilledEfficientAd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the three of Alg. 1, lines 25 to 27, with a coefficient from U(0.8, 1.2)."""
+    drawn = []
+    monkeypatch.setattr(random, "uniform", lambda *limits: drawn.append(limits) or 0.9)
+    changes = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
+    expected = [change(IMAGES, 0.9) for change in changes]
+    found = set()
+    for seed in range(20):
+        random.seed(seed)
+        image = model.model.choose_random_aug_image(IMAGES)
+        found.add([torch.equal(image, one) for one in expected].index(True))
+    assert found == {0, 1, 2}
+    assert set(drawn) == {(0.8, 1.2)}
 
 
 def test_gradients(model: DistilledEfficientAd) -> None:
