@@ -13,6 +13,9 @@ A map, from the outside in::
     passes.py           one pass over a data set outside the training loop
     statistics.py       mean and deviation of channels over many images
     quantiles.py        quantiles of any number of scores
+    blur.py             Gaussian blur of maps
+    precision.py        what stays in float32 in a network of half precision
+    training.py         how long models train, when they validate, and that a loss must be a number
     post_processing.py  scores -> normalised scores and decisions
     metrics/            evaluators that report per group
     callbacks.py        callbacks for any model
