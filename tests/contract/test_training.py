@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.callbacks import ModelCheckpoint
-from anomalib.data import Folder, ImageBatch
+from anomalib.data import Folder
 from anomalib.models import AnomalibModule
 from cases import Case
 from lightning.pytorch import Callback
@@ -229,21 +229,21 @@ class Spoil(Callback):
 
     def __init__(self, after_the_last: bool) -> None:
         self.after_the_last = after_the_last
-        self.images: list[str] = []  # of the batch where it can be seen first
+        self.images: list[str] = []  # of the batch that is to be named
         self.validated = 0
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if trainer.current_epoch == 1 and batch_idx == 1 and not self.after_the_last:
-            self.spoil(pl_module, batch)
+            self.images = batch.image_path
+            self.spoil(pl_module)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.current_epoch == 1 and self.after_the_last:
-            self.images = batch.image_path
+            self.images = batch.image_path if outputs else self.images  # not of a batch that was left out
             if trainer.is_last_batch:
-                self.spoil(pl_module, batch)
+                self.spoil(pl_module)
 
-    def spoil(self, module: AnomalibModule, batch: ImageBatch) -> None:
-        self.images = batch.image_path
+    def spoil(self, module: AnomalibModule) -> None:
         with torch.no_grad():
             for parameter in module.model.parameters():
                 if parameter.requires_grad:
