@@ -200,9 +200,9 @@ class FrozenBackbone(Backbone):
 def _create(name: str, head: bool = False) -> nn.Module:
     """Build the bare network, without weights."""
     architecture, tag = split_model_name_tag(name)
-    tags = get_arch_pretrained_cfgs(architecture) if is_model(architecture) else {}
-    if not is_model(architecture) or (tag and tag not in tags):
-        similar = [f"{architecture}.{known}" for known in tags if known] or list_models(f"*{name[:8]}*")[:10]
+    tagged = list(get_arch_pretrained_cfgs(architecture)) if is_model(architecture) else []
+    if not is_model(architecture) or (tag and name not in tagged):
+        similar = tagged or list_models(f"*{name[:8]}*")[:10]
         msg = f"backbone must be a timm network, got {name!r}. Similar names: {similar}"
         raise ValueError(msg)
     arguments = {} if head else {"num_classes": 0}
