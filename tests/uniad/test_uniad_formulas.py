@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from anomalib_uniad.anomaly_map import full_size, image_score, reconstruction_error
-from anomalib_uniad.components import LearnedPositions, SinePositions, Transformer, neighbor_mask
+from anomalib_uniad.components import Cnn, LearnedPositions, Mlp, SinePositions, Transformer, neighbor_mask
 from anomalib_uniad.loss import UniadLoss
 from anomalib_uniad.torch_model import Reconstruction, jitter, join_features
 
@@ -75,7 +75,21 @@ def feed_forward(layer, tokens: np.ndarray) -> np.ndarray:
     return linear(np.maximum(linear(tokens, layer.linear1), 0), layer.linear2)
 
 
-def reference(model: Transformer, tokens: np.ndarray, positions: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:
+# Appendix C.2 as nested attentions "one" and "two", of query and source, over the query embedding q, the encoder's
+# output e and the previous layer's p.
+DESIGNS = {
+    "encoder_then_previous": lambda one, two, q, e, p: two(one(q, e), p),  # Fig. A1 (a)
+    "previous_then_encoder": lambda one, two, q, e, p: two(one(q, p), e),
+    "encoder_reads_previous": lambda one, two, q, e, p: two(q, one(e, p)),
+    "previous_reads_encoder": lambda one, two, q, e, p: two(q, one(p, e)),
+    "encoder_for_previous": lambda one, two, q, e, p: two(p, one(q, e)),
+    "previous_for_encoder": lambda one, two, q, e, p: two(e, one(q, p)),
+}
+
+
+def reference(
+    model: Transformer, tokens: np.ndarray, positions: np.ndarray, masks: list[np.ndarray], decoder: str
+) -> np.ndarray:
     """Encoder and decoder of Sec. 3.2 (layer-wise queries) or of appendix B.1 (the others) for one image."""
     memory = tokens
     for layer in model.encoder.layers:
@@ -85,32 +99,108 @@ def reference(model: Transformer, tokens: np.ndarray, positions: np.ndarray, mas
     first = model.decoder.first_query
     output = memory if first is None else array(first.weight)
     for layer in model.decoder.layers:
-        if layer.learned_embed is not None:  # Fig. A1 (a)
-            query, one, two = array(layer.learned_embed.weight), memory, output
-        else:  # self-attention, then cross-attention
-            query, one, two = output, output, memory
-        attended = attend(layer.self_attn, query + positions, one + positions, one, masks[1])
-        query = layer_norm(query + attended, layer.norm1)
-        attended = attend(layer.multihead_attn, query + positions, two + positions, two, masks[2])
-        query = layer_norm(query + attended, layer.norm2)
-        output = layer_norm(query + feed_forward(layer, query), layer.norm3)
+
+        def one(query: np.ndarray, source: np.ndarray, layer=layer) -> np.ndarray:
+            attended = attend(layer.self_attn, query + positions, source + positions, source, masks[1])
+            return layer_norm(query + attended, layer.norm1)
+
+        def two(query: np.ndarray, source: np.ndarray, layer=layer) -> np.ndarray:
+            attended = attend(layer.multihead_attn, query + positions, source + positions, source, masks[2])
+            return layer_norm(query + attended, layer.norm2)
+
+        if layer.learned_embed is None:  # self-attention, then cross-attention
+            fused = two(one(output, output), memory)
+        else:
+            fused = DESIGNS[decoder](one, two, array(layer.learned_embed.weight), memory, output)
+        output = layer_norm(fused + feed_forward(layer, fused), layer.norm3)
     return layer_norm(output, model.decoder.norm)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("query", ["layerwise", "first", "none"])
-@pytest.mark.parametrize("layers", [(2, 2), (0, 2), (2, 1)])
-def test_transformer(query: str, layers: tuple[int, int]) -> None:
-    torch.manual_seed(0)
-    model = Transformer(TOKENS, CHANNELS, HEADS, 16, layers, 0.1, query).eval()
+def shaken(model: torch.nn.Module) -> torch.nn.Module:
+    """Random also where a network starts with 0 or 1: biases and norms."""
     for parameter in model.parameters():
-        parameter.add_(0.3 * torch.randn_like(parameter))  # biases and norms do not start as 0 and 1 here
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("query", "decoder"), [*(("layerwise", name) for name in DESIGNS), ("first", None), ("none", None)]
+)
+@pytest.mark.parametrize("layers", [(2, 2), (0, 2), (2, 1)])
+def test_transformer(query: str, decoder: str | None, layers: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    design = {} if decoder is None else {"decoder": decoder}
+    model = shaken(Transformer(TOKENS, CHANNELS, HEADS, 16, layers, 0.1, query, **design))
     tokens, positions = random(2, TOKENS, CHANNELS), random(TOKENS, CHANNELS, seed=1)
     masks = [neighbor_mask(GRID, (1, 1)), neighbor_mask(GRID, (1, 3)), neighbor_mask(GRID, (3, 3))]
     ours = model(tokens, positions, masks)
     for image in range(2):
-        expected = reference(model, array(tokens[image]), array(positions), [array(mask) for mask in masks])
+        expected = reference(model, array(tokens[image]), array(positions), [array(mask) for mask in masks], decoder)
         np.testing.assert_allclose(array(ours[image]), expected, atol=1e-5)
+
+
+def project(module, tokens: np.ndarray) -> np.ndarray:
+    return np.maximum(layer_norm(linear(tokens, module.linear), module.norm), 0)
+
+
+@torch.no_grad()
+def test_mlp() -> None:
+    """Appendix B.1: projections where the vanilla transformer has attentions, and no positions."""
+    torch.manual_seed(0)
+    model = shaken(Mlp(TOKENS, CHANNELS, 16, (2, 2), 0.1))
+    tokens = random(2, TOKENS, CHANNELS)
+    ours = model(tokens)
+    encoder, decoder = model.transformer.encoder, model.transformer.decoder
+    for image in range(2):
+        memory = array(tokens[image])
+        for layer in encoder.layers:
+            memory = layer_norm(memory + project(layer.self_attn, memory), layer.norm1)
+            memory = layer_norm(memory + feed_forward(layer, memory), layer.norm2)
+        output = array(decoder.first_query.weight)
+        for layer in decoder.layers:
+            output = layer_norm(output + project(layer.self_attn, output), layer.norm1)
+            joined = np.concatenate([output, memory], axis=1)
+            output = layer_norm(output + project(layer.multihead_attn, joined), layer.norm2)
+            output = layer_norm(output + feed_forward(layer, output), layer.norm3)
+        np.testing.assert_allclose(array(ours[image]), layer_norm(output, decoder.norm), atol=1e-5)
+
+
+def convolve(maps: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Stride 1, zeros outside: (C, h, w) -> (C', h, w)."""
+    reach = kernel.shape[2] // 2
+    padded = np.pad(maps, ((0, 0), (reach, reach), (reach, reach)))
+    result = np.zeros((len(kernel), *maps.shape[1:]))
+    for row in range(maps.shape[1]):
+        for column in range(maps.shape[2]):
+            window = padded[:, row : row + kernel.shape[2], column : column + kernel.shape[3]]
+            result[:, row, column] = (kernel * window).sum(axis=(1, 2, 3))
+    return result
+
+
+def batch_norm(maps: np.ndarray, norm: torch.nn.BatchNorm2d) -> np.ndarray:
+    scale = array(norm.weight) / np.sqrt(array(norm.running_var) + 1e-5)
+    return (maps - array(norm.running_mean)[:, None, None]) * scale[:, None, None] + array(norm.bias)[:, None, None]
+
+
+@torch.no_grad()
+def test_cnn() -> None:
+    """Appendix B.1: the 3, 4, 6 and 3 blocks of ResNet-34 without stride, with D, D/2, D/2 and D channels."""
+    torch.manual_seed(0)
+    model = shaken(Cnn(GRID, CHANNELS))
+    tokens = random(2, TOKENS, CHANNELS)
+    ours = model(tokens)
+    assert [block.conv2.out_channels for block in model.blocks] == [8, 8, 8] + 10 * [4] + [8, 8, 8]
+    for image in range(2):
+        maps = array(tokens[image]).T.reshape(CHANNELS, *GRID)
+        for block in model.blocks:
+            hidden = np.maximum(batch_norm(convolve(maps, array(block.conv1.weight)), block.bn1), 0)
+            hidden = batch_norm(convolve(hidden, array(block.conv2.weight)), block.bn2)
+            if block.downsample is not None:
+                maps = batch_norm(convolve(maps, array(block.downsample[0].weight)), block.downsample[1])
+            maps = np.maximum(hidden + maps, 0)
+        np.testing.assert_allclose(array(ours[image]), maps.reshape(CHANNELS, TOKENS).T, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -205,4 +295,6 @@ def test_image_score() -> None:
     maps = random(2, 1, 20, 18)
     windows = [(slice(top, top + 16), slice(left, left + 16)) for top in range(5) for left in range(3)]
     expected = [max(image[0][window].mean() for window in windows) for image in maps]
-    torch.testing.assert_close(image_score(maps), torch.stack(expected))
+    torch.testing.assert_close(image_score(maps, "max"), torch.stack(expected))
+    np.testing.assert_allclose(image_score(maps, "mean"), [array(image).mean() for image in maps], atol=1e-6)
+    np.testing.assert_allclose(image_score(maps, "std"), [array(image).std() for image in maps], atol=1e-6)

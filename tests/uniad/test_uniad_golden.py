@@ -33,12 +33,14 @@ def network(golden: dict[str, torch.Tensor], masked: tuple[bool, bool, bool] = (
     model = FeatureReconstruction(
         24,
         (7, 7),
+        reconstruction="transformer",
         **SIZES,
         num_layers=(2, 2),
         dropout=0.1,
         neighbors=(3, 3),
         masked=masked,
         query="layerwise",
+        decoder="encoder_then_previous",
         position_embedding="learned",
         jitter_scale=20.0,
         jitter_prob=1.0,
@@ -94,8 +96,9 @@ def test_map_and_score(golden: dict[str, torch.Tensor]) -> None:
     close(error.unsqueeze(1), golden["out/pred_low"])
     maps = full_size(error, (112, 112))
     close(maps, golden["out/pred"])
-    close(image_score(maps), golden["score/max_of_pred"])
-    close(image_score(golden["score/map"].unsqueeze(1)), golden["score/max"])
+    for kind in ("max", "mean", "std"):
+        close(image_score(maps, kind), golden[f"score/{kind}_of_pred"])
+        close(image_score(golden["score/map"].unsqueeze(1), kind), golden[f"score/{kind}"])
 
 
 def test_loss(golden: dict[str, torch.Tensor]) -> None:

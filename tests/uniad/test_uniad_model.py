@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from anomalib.engine import Engine
 from torch import nn
 from watch import Watch
 
+from anomalib_pack.backbones import Backbone
 from anomalib_pack.data import MVTecLoco
 from anomalib_uniad import Uniad
 from anomalib_uniad.torch_model import UniadModel
@@ -41,6 +43,42 @@ def test_size_of_the_default_network() -> None:
     assert trainable == pytest.approx(7.72e6, abs=5e3)
 
 
+def test_default_backbone_is_tensorflows() -> None:
+    """As in the published code: BatchNorm's eps is 1e-3, and strided convolutions pad more below and to the right."""
+    network = UniadModel(weights=None).backbone.network
+    assert {module.eps for module in network.modules() if isinstance(module, nn.BatchNorm2d)} == {1e-3}
+    picture = torch.randn(1, 3, 30, 44)
+    stem = network.conv_stem.weight
+    expected = nn.functional.conv2d(nn.functional.pad(picture, (0, 1, 0, 1)), stem, stride=2)
+    torch.testing.assert_close(network.conv_stem(picture), expected)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "channels", "millions"),
+    [
+        ("resnet18.tv_in1k", [64, 128, 256], 11.4),
+        ("resnet34.tv_in1k", [64, 128, 256], 21.5),
+        ("resnet50.tv_in1k", [256, 512, 1024], 25.6),
+        ("resnet101.tv_in1k", [256, 512, 1024], 44.5),
+        ("tf_efficientnet_b0.aa_in1k", [16, 24, 40, 112], 5.3),
+        ("tf_efficientnet_b2.aa_in1k", [16, 24, 48, 120], 9.2),
+        ("tf_efficientnet_b4.aa_in1k", [24, 32, 56, 160], 19),
+        ("tf_efficientnet_b6.aa_in1k", [32, 40, 72, 200], 43),
+    ],
+)
+def test_backbones_of_table_a6(backbone: str, channels: list[int], millions: float) -> None:
+    """Each is the table's by its size, and is built with the layers that the README names."""
+    efficientnet = "efficientnet" in backbone
+    layers = ["blocks.0", "blocks.1", "blocks.2", "blocks.4"] if efficientnet else ["layer1", "layer2", "layer3"]
+    with torch.device("meta"):  # shapes only
+        whole = timm.create_model(backbone)
+        model = UniadModel(backbone, layers, weights=None, neighbor_mask=[False, False, False]).eval()
+        result = model(torch.rand(1, 3, 224, 224))
+    assert sum(parameter.numel() for parameter in whole.parameters()) == pytest.approx(1e6 * millions, rel=0.03)
+    assert model.backbone.channels == channels
+    assert result.anomaly_map.shape == (1, 1, 224, 224)
+
+
 def test_initialisation() -> None:
     """Published code: decoder layers start with one query embedding and packed projection, linear layers do not."""
     reconstruction = network().reconstruction
@@ -60,8 +98,16 @@ def test_initialisation() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
+        {"train_backbone": True},
+        {"reconstruction": "mlp"},
+        {"reconstruction": "cnn"},
         {"query": "first"},
         {"query": "none"},
+        {"decoder": "previous_then_encoder"},
+        {"decoder": "encoder_reads_previous"},
+        {"decoder": "previous_reads_encoder"},
+        {"decoder": "encoder_for_previous"},
+        {"decoder": "previous_for_encoder"},
         {"neighbor_mask": [True, False, False]},
         {"neighbor_mask": [False, False, False], "feature_size": 4},  # no window that could hide everything
         {"neighbor_size": [3, 5]},
@@ -87,6 +133,49 @@ def test_switches(arguments: dict, tmp_path: Path) -> None:
         switched, default = model.model.eval()(images()), network().eval()(images())
     assert switched.anomaly_map.isfinite().all()
     assert not torch.allclose(switched.anomaly_map, default.anomaly_map)
+
+
+@pytest.mark.parametrize("query", ["first", "none"])
+def test_decoder_without_queries_of_its_own(query: str) -> None:
+    with pytest.raises(ValueError, match=f"decoder must be left at its default with query='{query}'"):
+        network(query=query, decoder="previous_then_encoder")
+
+
+def test_mlp_needs_a_decoder() -> None:
+    with pytest.raises(ValueError, match="num_decoder_layers must be at least 1"):
+        network(reconstruction="mlp", num_decoder_layers=0)
+
+
+@pytest.mark.parametrize("reconstruction", ["mlp", "cnn"])
+def test_baselines_have_no_window(reconstruction: str) -> None:
+    """What would hide everything from an attention does not matter to them."""
+    assert network(reconstruction=reconstruction, feature_size=4).reconstruction.mask is None
+
+
+@pytest.mark.parametrize("kind", ["mean", "std"])
+def test_image_score(kind: str) -> None:
+    """Scores of the whole map, which no pooling window needs to fit into."""
+    with torch.no_grad():
+        result = network(image_score=kind).eval()(images(size=(12, 40)))
+    torch.testing.assert_close(result.pred_score, getattr(result.anomaly_map.flatten(1), kind)(1), rtol=2e-3, atol=0)
+    with pytest.raises(ValueError, match="16 x 16"):
+        network().eval()(images(size=(12, 40)))
+
+
+def test_trained_backbone() -> None:
+    """Table A5: the backbone learns from both sides of the loss, with BatchNorm in training mode."""
+    model = network(train_backbone=True, jitter_prob=0.0, dropout=0.0).train()
+    assert type(model.backbone) is Backbone
+    norm = model.backbone.network.bn1
+    before = norm.running_mean.clone()
+    outputs = model(images())
+    assert not torch.equal(norm.running_mean, before)
+    weight = model.backbone.network.conv1.weight
+    through_target = torch.autograd.grad(outputs.features.square().sum(), weight, retain_graph=True)[0]
+    through_network = torch.autograd.grad(outputs.reconstruction.square().sum(), weight)[0]
+    assert through_target.abs().sum() > 0
+    assert through_network.abs().sum() > 0
+    assert not network().train()(images()).features.requires_grad
 
 
 def test_reconstruction_does_not_depend_on_hidden_neighbours() -> None:
