@@ -91,14 +91,19 @@ def check_normal_validation_images(datamodule: AnomalibDataModule) -> None:
     Raises:
         ValueError: If there is no normal validation image, or an image cannot be read; the message names the file.
     """
-    validation = getattr(datamodule, "val_data", None)
-    if validation is None or len(validation) == 0 or not validation.has_normal:
+    if not has_normal_validation_images(datamodule):
         msg = (
             f"The validation set of {_where(datamodule)} has no normal images, which are needed to normalise anomaly "
             "maps and scores. Add some, or hold back a part of the training set with val_split_mode=from_train."
         )
         raise ValueError(msg)
-    check_readable(image_paths(validation))
+    check_readable(image_paths(datamodule.val_data))
+
+
+def has_normal_validation_images(datamodule: AnomalibDataModule) -> bool:
+    """Whether there are normal images in the validation set."""
+    validation = getattr(datamodule, "val_data", None)
+    return validation is not None and len(validation) > 0 and validation.has_normal
 
 
 def check_readable(paths: Sequence[str]) -> None:

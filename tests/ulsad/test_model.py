@@ -1,12 +1,18 @@
 """ULSAD's networks, statistics and quantiles, and what its arguments switch."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import timm
 import torch
+import yaml
+from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import ImageBatch
 from anomalib.engine import Engine
 from torch.utils.data import DataLoader
 
+from anomalib_pack.backbones import FrozenBackbone
 from anomalib_pack.data import MVTecLoco
 from anomalib_ulsad import Ulsad
 from anomalib_ulsad.anomaly_map import feature_distance, normalise_map, smooth_map
@@ -18,6 +24,7 @@ from anomalib_ulsad.torch_model import (
     combine,
 )
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "ulsad"
 SMALL = {"backbone": "resnet18", "weights": None, "feature_dim": 8}
 IMAGES = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
 
@@ -48,7 +55,23 @@ def test_paper_defaults_and_feature_grid() -> None:
     model = UlsadModel(weights=None).eval()
     features = model.raw_features(torch.rand(1, 3, 256, 256))
     assert features.shape == (1, 384, 32, 32)
-    assert (model.backbone.name, model.backbone.strides) == ("wide_resnet50_2", [8, 16])
+    assert (model.backbone.name, model.backbone.strides) == ("wide_resnet50_2.racm_in1k", [8, 16])
+
+
+def test_backbones_of_figure_7() -> None:
+    """The tags are those of the only weights in timm 0.6.12, whose file names are known."""
+    files = {
+        "resnet50.a1_in1k": "resnet50_a1_0-14fe96d1.pth",
+        "resnet152.a1h_in1k": "resnet152_a1h-dc400468.pth",
+        "wide_resnet50_2.racm_in1k": "wide_resnet50_racm-8234f177.pth",
+        "wide_resnet101_2.tv_in1k": "wide_resnet101_2-32ee1156.pth",
+    }
+    config = yaml.safe_load((CONFIGS / "figure7.yaml").read_text())
+    assert config["benchmark"]["model"]["init_args"]["backbone"]["grid"] == list(files)
+    for name, file in files.items():
+        assert timm.get_pretrained_cfg(name).url.endswith(file)
+        backbone = FrozenBackbone(name, ["layer2", "layer3"], weights=None)
+        assert (backbone.channels, backbone.strides) == ([512, 1024], [8, 16])
 
 
 def test_resize_steps_of_the_autoencoder() -> None:
@@ -69,7 +92,7 @@ def test_final_activation() -> None:
 @pytest.mark.parametrize(
     ("global_loss", "local_global", "outputs", "terms"),
     [
-        (None, True, 8, {"local"}),  # Table 3, rows 1 and 6
+        (None, False, 8, {"local"}),  # Table 3, rows 1 and 6
         ("feature", False, 8, {"local", "global"}),  # rows 2 and 7
         ("attention", False, 8, {"local", "global"}),  # rows 3 and 8
         ("feature", True, 16, {"local", "global", "local_global"}),  # rows 4 and 9
@@ -77,6 +100,11 @@ def test_final_activation() -> None:
     ],
 )
 def test_rows_of_table_3(global_loss: str | None, local_global: bool, outputs: int, terms: set[str]) -> None:
+    rows = yaml.safe_load((CONFIGS / "table3.yaml").read_text())["benchmark"]["model"]["init_args"]["grid"]
+    assert len(rows) == 10
+    for weight in (0.0, 0.5):
+        losses = {"global_loss": global_loss, "local_global_loss": local_global}
+        assert {"lambda_l": weight, "lambda_g": weight, **losses} in rows
     model = Ulsad(**SMALL, global_loss=global_loss, local_global_loss=local_global, lambda_l=0, lambda_g=0)
     losses = model.loss(model.model(IMAGES))
     assert losses.keys() == terms
@@ -85,6 +113,16 @@ def test_rows_of_table_3(global_loss: str | None, local_global: bool, outputs: i
         assert (parameter.grad is not None and parameter.grad.isfinite().all()) == (not name.startswith("backbone."))
     assert model.model.reconstruction.deconv3.out_channels == outputs
     assert model.model.eval()(IMAGES).anomaly_map.shape == (2, 1, 256, 256)
+
+
+def test_table_28_on_the_command_line() -> None:
+    """The local branch alone, with any weight of the direction, from the paper's configuration."""
+    changes = ["backbone=resnet18", "feature_dim=8", "global_loss=null", "lambda_l=0.01"]
+    options = [f"--model.{change}" for change in changes]
+    cli = AnomalibCLI(["fit", "--config", str(CONFIGS / "mvtec_loco.yaml"), *options], run=False)
+    branches = cli.model.model(IMAGES)
+    expected = feature_distance(branches.local_features, branches.features, 0.01).mean()
+    torch.testing.assert_close(cli.model.loss(branches), {"local": expected})
 
 
 def test_channel_statistics_and_quantiles(loco: MVTecLoco, tmp_path) -> None:
