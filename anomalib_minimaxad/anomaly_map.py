@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_pack.blur import gaussian_blur
+from anomalib_pack.shares import whole_share
 
 BLUR_SIGMA = 4.0  # published code; the paper does not smooth its maps
 
@@ -79,5 +80,5 @@ def image_score(anomaly_map: torch.Tensor, top_ratio: float) -> torch.Tensor:
         tensor([98.5000])
     """
     pixels = anomaly_map.flatten(1)
-    number = max(1, int(top_ratio * pixels.shape[1]))
+    number = max(1, whole_share(top_ratio, pixels.shape[1]))
     return pixels.topk(number, dim=1, sorted=False).values.mean(dim=1)

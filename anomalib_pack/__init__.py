@@ -12,6 +12,7 @@ A map, from the outside in::
     coreset.py          what is kept in one
     passes.py           one pass over a data set outside the training loop
     statistics.py       mean and deviation of channels over many images
+    shares.py           how many a share of some are
     quantiles.py        quantiles of any number of scores
     blur.py             Gaussian blur of maps
     precision.py        what stays in float32 in a network of half precision

@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .checks import require
+from .shares import whole_share
 
 POOL_SHARE = 3  # ours: a pool is one part in so many of its points
 POOL_END = 512  # ours: points of the smallest pool, few enough that a centre's step stays in the processor's cache
@@ -169,7 +170,7 @@ class ChunkedCoreset:
 
     def _keep(self, chunk: torch.Tensor, seen: int, description: str | None = None) -> None:
         """Choose as many of a chunk as are missing after so many points were seen."""
-        size = max(1, int(self.ratio * seen) - sum(map(len, self.kept)))
+        size = max(1, whole_share(self.ratio, seen) - sum(map(len, self.kept)))
         if size < len(chunk):
             chosen, radius = k_center_greedy(chunk, size, description)
             self.radius = max(self.radius, radius)

@@ -60,7 +60,10 @@ class Unislad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         w: Weight of the patch-level score (Eq. 21).
         trim: Share alpha of each channel's largest and smallest values that are dropped (Eq. 13).
         power: q of the power mean (Eq. 12).
-        patch_size: Side p of the neighbourhood that is averaged (Eq. 2), odd.
+        patch_size: Side p of a patch's neighbourhood (Eq. 1), odd.
+        aggregation: How the CNN's blocks become patch features (Eq. 2). ``"patchcore"``, by the text of Eq. 2: it
+            concatenates the neighbourhoods and takes PatchCore's aggregator, in which each block has an equal share.
+            ``"channels"``: averages over neighbourhoods, then each channel of all blocks has an equal share.
         shrinkage: What is added to the diagonal of covariances, in units of their mean eigenvalue (Eqs. 7 and 19; ours,
             the paper does not say).
         normalize_scores: Bring the four scores to one scale by their mean and standard deviation on normal validation
@@ -69,7 +72,11 @@ class Unislad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         index: ``"flat"`` (exact), or ``"ivf"`` or ``"hnsw"`` for large banks: approximate, with the recall logged.
         use_cnn: Use the CNN (RFE in Table III).
         use_vit: Use the vision transformer (VFE in Table III).
-        whitening: Use the Mahalanobis transform (MT in Table III).
+        whitening: Use the Mahalanobis transform (MT in Table III, Eqs. 6 to 9). ``False`` leaves the raw features.
+        unit_length: Bring transformed patches to length 1 (Eq. 10), so that distances are at most 2. With ``whitening``
+            this is the paper read literally: the class tokens of w_p (Eq. 17) are whitened as well. Otherwise w_p is
+            the cosine of plain tokens. Off by default, because centring followed by unit length loses how far from
+            the mean a patch is, and with it the localisation on textures; see the README.
         patch_bank: Use the patch-level memory banks (PMB in Table III). Without them there is no anomaly map.
         image_distribution: Use the image-level distributions (IDM in Table III).
         pooling: How patches become an image vector: ``"lum+pmp"``, or ``"mean"``, ``"lum"`` or ``"pmp"`` of Table IV.
@@ -105,6 +112,7 @@ class Unislad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         trim: float = 0.05,
         power: int = 3,
         patch_size: int = 3,
+        aggregation: Literal["patchcore", "channels"] = "patchcore",
         shrinkage: float = 1e-2,
         normalize_scores: bool = True,
         search: Literal["auto", "faiss", "torch"] = "auto",
@@ -112,6 +120,7 @@ class Unislad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         use_cnn: bool = True,
         use_vit: bool = True,
         whitening: bool = True,
+        unit_length: bool = False,
         patch_bank: bool = True,
         image_distribution: bool = True,
         pooling: Literal["lum+pmp", "mean", "lum", "pmp"] = "lum+pmp",
@@ -139,6 +148,7 @@ class Unislad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
             vit_weights=None,
             local_dim=local_dim,
             patch_size=patch_size,
+            aggregation=aggregation,
             w_i=w_i,
             w_ig=w_ig,
             w=w,
@@ -151,6 +161,7 @@ class Unislad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
             use_cnn=use_cnn,
             use_vit=use_vit,
             whitening=whitening,
+            unit_length=unit_length,
             patch_bank=patch_bank,
             image_distribution=image_distribution,
         )

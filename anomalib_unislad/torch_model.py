@@ -23,11 +23,19 @@ from anomalib_pack.neighbors import NearestNeighbors
 from anomalib_pack.precision import Float32State
 
 from .anomaly_map import class_similarity, fuse
-from .components import POOLINGS, LocalAggregator, NominalDistribution, Whitening, image_vector
+from .components import (
+    AGGREGATIONS,
+    POOLINGS,
+    LocalAggregator,
+    NominalDistribution,
+    Whitening,
+    image_vector,
+    pooled_values,
+)
 
 # The authors' table: outputs of WideResNet50-2.
 BLOCKS = (
-    *("layer1.0", "layer1.1"),
+    *("layer1.0", "layer1.1", "layer1.2"),
     *("layer2.0", "layer2.1", "layer2.2", "layer2.3"),
     *("layer3.1", "layer3.2", "layer3.3", "layer3.4", "layer3.5"),
     "layer4.0",
@@ -54,11 +62,13 @@ class Vectors(NamedTuple):
 
 
 class PatchBank(Float32State, nn.Module):
-    """Memory bank M of whitened features, and distances from it (Eqs. 11 and 16)."""
+    """Memory bank M of transformed features, and distances from it (Eqs. 11 and 16)."""
 
-    def __init__(self, dimension: int, shrinkage: float, whitening: bool, search: str, index: str) -> None:
+    def __init__(
+        self, dimension: int, shrinkage: float, whitening: bool, unit_length: bool, search: str, index: str
+    ) -> None:
         super().__init__()
-        self.whitening = Whitening(dimension, shrinkage, whitening)
+        self.whitening = Whitening(dimension, shrinkage, whitening, unit_length)
         self.neighbors = NearestNeighbors(search, index)
 
     def fit(self, features: torch.Tensor) -> None:
@@ -84,6 +94,7 @@ class UnisladModel(nn.Module):
         vit_weights: Weights of the ViT.
         local_dim: Length of local patch features.
         patch_size: Side p of a patch's neighbourhood, odd.
+        aggregation: See :class:`~anomalib_unislad.components.LocalAggregator`.
         w_i: Weight of the global part in Eq. 20.
         w_ig: Weight of the class token in the global part of Eq. 20.
         w: Weight of the patch score in Eq. 21.
@@ -95,7 +106,8 @@ class UnisladModel(nn.Module):
         index: See there.
         use_cnn: Local features.
         use_vit: Global features and class token.
-        whitening: Eqs. 6 to 9.
+        whitening: Eqs. 6 to 9, of patches; with ``unit_length`` of class tokens too.
+        unit_length: Eq. 10.
         patch_bank: Patch score and anomaly map.
         image_distribution: Image vectors' scores.
 
@@ -117,6 +129,7 @@ class UnisladModel(nn.Module):
         *,
         local_dim: int = 1024,
         patch_size: int = 3,
+        aggregation: str = "patchcore",
         w_i: float = 0.5,
         w_ig: float = 0.5,
         w: float = 0.5,
@@ -129,6 +142,7 @@ class UnisladModel(nn.Module):
         use_cnn: bool = True,
         use_vit: bool = True,
         whitening: bool = True,
+        unit_length: bool = False,
         patch_bank: bool = True,
         image_distribution: bool = True,
     ) -> None:
@@ -139,6 +153,7 @@ class UnisladModel(nn.Module):
         require("power", power, power >= 1, "at least 1")
         require("pooling", pooling, pooling in POOLINGS, f"one of {POOLINGS}")
         require("patch_size", patch_size, patch_size >= 1 and patch_size % 2 == 1, "odd and at least 1")
+        require("aggregation", aggregation, aggregation in AGGREGATIONS, f"one of {AGGREGATIONS}")
         require("shrinkage", shrinkage, shrinkage > 0, "above 0")
         require("use_vit", use_vit, use_cnn or use_vit, "True with use_cnn=False")
         require("image_distribution", image_distribution, patch_bank or image_distribution, "True without patch_bank")
@@ -151,19 +166,21 @@ class UnisladModel(nn.Module):
 
         if use_cnn:
             self.backbone = FrozenBackbone(backbone, blocks, weights)
-            total = sum(self.backbone.channels)
-            require("local_dim", local_dim, 1 <= local_dim <= total, f"from 1 to the {total} channels of the blocks")
-            self.aggregator = LocalAggregator(self.backbone.channels, local_dim, patch_size)
+            total = pooled_values(self.backbone.channels, patch_size, aggregation)
+            require("local_dim", local_dim, 1 <= local_dim <= total, f"from 1 to the blocks' {total} values of a patch")
+            self.aggregator = LocalAggregator(self.backbone.channels, local_dim, patch_size, aggregation)
             if patch_bank:
-                self.local_bank = PatchBank(local_dim, shrinkage, whitening, search, index)
+                self.local_bank = PatchBank(local_dim, shrinkage, whitening, unit_length, search, index)
             if image_distribution:
                 self.local_distribution = NominalDistribution(spread * local_dim, shrinkage)
         if use_vit:
             self.vit = build_vit(vit, vit_layer, vit_weights)
             [dimension], [self.size_step] = self.vit.channels, self.vit.strides
             if patch_bank:
-                self.global_bank = PatchBank(dimension, shrinkage, whitening, search, index)
-                self.class_bank = PatchBank(dimension, shrinkage, whitening, "torch", "flat")  # one entry per image
+                self.global_bank = PatchBank(dimension, shrinkage, whitening, unit_length, search, index)
+                # Eq. 17's f_t^c has no hat, unlike Eq. 16's: its tokens are plain, unless the paper is read literally.
+                literal = whitening and unit_length
+                self.class_bank = PatchBank(dimension, shrinkage, literal, unit_length, "torch", "flat")
             if image_distribution:
                 self.global_distribution = NominalDistribution(spread * dimension, shrinkage)
                 self.class_distribution = NominalDistribution(dimension, shrinkage)
@@ -232,11 +249,14 @@ class UnisladModel(nn.Module):
             local = distance_map(self.local_bank, features.local_patches)
         if self.global_bank is not None:
             global_ = distance_map(self.global_bank, features.global_patches)
-            token = self.class_bank.whitening(features.class_token)
-            weight = class_similarity(token, self.class_bank.neighbors.bank).view(-1, 1, 1, 1)
+            weight = self.local_share(features.class_token).view(-1, 1, 1, 1)
         if local is not None and global_ is not None:
             global_ = interpolate(global_, size=local.shape[-2:], mode="bilinear", align_corners=False)
         return fuse(global_, local, weight)
+
+    def local_share(self, class_token: torch.Tensor) -> torch.Tensor:
+        """w_p (B,) of class tokens (B, D): Eq. 17."""
+        return class_similarity(self.class_bank.whitening(class_token), self.class_bank.neighbors.bank)
 
     def raw_scores(self, features: Features, patch_map: torch.Tensor | None) -> list[torch.Tensor | None]:
         """Step 8, first half: the scores (B,) in the order of ``SCORES``, each on its own scale (Eqs. 16 and 19)."""
@@ -266,8 +286,8 @@ class UnisladModel(nn.Module):
             images: RGB in [0, 1], (B, 3, H, W).
 
         Returns:
-            Anomaly map (B, 1, H, W), from 0 to 2, or ``None`` without ``patch_bank``, and image scores (B,), of any
-            sign.
+            Anomaly map (B, 1, H, W) of distances, at least 0 and with ``unit_length`` at most 2, or ``None`` without
+            ``patch_bank``, and image scores (B,), of any sign.
 
         Raises:
             ValueError: If there is no memory bank yet, or the networks cannot take images of this size.

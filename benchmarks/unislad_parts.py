@@ -13,7 +13,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from anomalib_pack.data import SyntheticLoco
 from anomalib_unislad import Unislad
-from anomalib_unislad.anomaly_map import class_similarity, fuse
+from anomalib_unislad.anomaly_map import fuse
 from anomalib_unislad.torch_model import SCORES, UnisladModel
 
 NORMAL = ""
@@ -55,8 +55,7 @@ def parts(model: UnisladModel, images: torch.Tensor) -> tuple[torch.Tensor, torc
     local, global_, class_token, patch = ((raw - model.score_mean) / model.score_std).unbind(dim=1)
     of_image = fuse(local, fuse(global_, class_token, model.w_ig), model.w_i)
     columns = [local, global_, class_token, patch, of_image, fuse(of_image, patch, model.w)]
-    bank = model.class_bank
-    return torch.stack(columns, dim=1), class_similarity(bank.whitening(features.class_token), bank.neighbors.bank)
+    return torch.stack(columns, dim=1), model.local_share(features.class_token)
 
 
 if __name__ == "__main__":

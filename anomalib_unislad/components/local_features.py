@@ -6,44 +6,74 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.functional import adaptive_avg_pool1d, avg_pool2d, conv2d, interpolate
+from torch.nn.functional import conv2d, interpolate
+
+AGGREGATIONS = ("patchcore", "channels")
 
 
 class LocalAggregator(nn.Module):
     """Join the outputs of several blocks to one vector for each patch.
 
-    The reading of Eq. 2: averages over each patch's neighbourhood (PatchCore's locally aware pooling), bilinear resize
-    to one grid, concatenation of all channels, adaptive average pooling of the channels. All steps are linear, and the
-    pooling of channels acts alike everywhere; it is therefore done first, on each block's own grid, and the many
-    channels of all blocks never exist on the fine grid. The outcome is the same up to rounding.
+    Two readings of Eq. 2. Both give a patch its p x p neighbourhood, with zeros beyond the border, bring all blocks to
+    one grid (bilinear), and pool averages adaptively:
+
+    - ``"patchcore"``: the values of a neighbourhood stand side by side, channel after channel. Each block's are pooled
+      to ``dimension``, then those of all blocks, block after block, to ``dimension`` again. Each block has an equal
+      share of the vector. This is what Eq. 2 says: it concatenates the neighbourhoods and takes the aggregator of
+      PatchCore.
+    - ``"channels"``: each channel is averaged over the neighbourhood, and the channels of all blocks together are
+      pooled to ``dimension``. Each channel has an equal share, and a block with few, as the first ones, a small one.
+
+    All steps are linear and the resize acts on each channel alone, so what comes before and after it is one convolution
+    on the block's own grid: neither neighbourhoods nor the channels of all blocks ever exist on the fine grid. The
+    outcome is the same up to rounding.
 
     Args:
         channels: Channels of each block.
-        dimension: Length of the vectors, at most the sum of ``channels``.
+        dimension: Length of the vectors, at most :func:`pooled_values`.
         patch_size: Side p of the neighbourhood, odd.
+        aggregation: ``"patchcore"`` or ``"channels"``.
     """
 
-    def __init__(self, channels: Sequence[int], dimension: int, patch_size: int) -> None:
+    def __init__(self, channels: Sequence[int], dimension: int, patch_size: int, aggregation: str) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.dimension = dimension
-        # Row j of the pooling matrix: the weights of all channels in output channel j.
-        total = sum(channels)
-        weights = adaptive_avg_pool1d(torch.eye(total), dimension).T
-        self.parts: list[slice] = []
-        for block, columns in enumerate(weights.split(list(channels), dim=1)):
-            start, stop = sum(channels[:block]), sum(channels[: block + 1])
-            part = slice(start * dimension // total, -(-stop * dimension // total))
-            self.parts.append(part)
-            self.register_buffer(f"weight{block}", columns[part, :, None, None].contiguous(), persistent=False)
+        self.parts: list[slice] = []  # of the vector, those to which a block adds something
+        area = patch_size**2
+        for block, count in enumerate(channels):
+            if aggregation == "patchcore":
+                inputs, start, stop = len(channels) * dimension, block * dimension, (block + 1) * dimension
+            else:
+                inputs, start, stop = sum(channels), sum(channels[:block]), sum(channels[: block + 1])
+            part = range(start * dimension // inputs, -(-stop * dimension // inputs))
+            weight = pooling_matrix(inputs, dimension, part)[:, start:stop]
+            if aggregation == "patchcore":
+                weight = weight @ pooling_matrix(count * area, dimension, range(dimension))
+            else:
+                weight = weight.repeat_interleave(area, dim=1) / area
+            self.parts.append(slice(part.start, part.stop))
+            weight = weight.view(len(part), count, patch_size, patch_size)
+            self.register_buffer(f"weight{block}", weight, persistent=False)
 
     def forward(self, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
         """(B, C_k, h_k, w_k) for each block -> (B, D, h_1, w_1), on the first block's grid."""
-        padding = self.patch_size // 2
         batch_size, _, *grid = blocks[0].shape
         joined = blocks[0].new_zeros(batch_size, self.dimension, *grid)
         for number, (block, part) in enumerate(zip(blocks, self.parts, strict=True)):
-            pooled = conv2d(block, getattr(self, f"weight{number}"))
-            averages = avg_pool2d(pooled, self.patch_size, stride=1, padding=padding)
-            joined[:, part] += interpolate(averages, size=grid, mode="bilinear", align_corners=False)
+            share = conv2d(block, getattr(self, f"weight{number}"), padding=self.patch_size // 2)
+            joined[:, part] += interpolate(share, size=grid, mode="bilinear", align_corners=False)
         return joined
+
+
+def pooled_values(channels: Sequence[int], patch_size: int, aggregation: str) -> int:
+    """How many values of a patch are pooled to its vector, which cannot be longer."""
+    return sum(channels) * (patch_size**2 if aggregation == "patchcore" else 1)
+
+
+def pooling_matrix(inputs: int, outputs: int, rows: range) -> torch.Tensor:
+    """Rows of the matrix (outputs, inputs) of adaptive average pooling, as of ``torch.nn.AdaptiveAvgPool1d``."""
+    row = torch.tensor(rows).unsqueeze(1)
+    column = torch.arange(inputs)
+    start, stop = row * inputs // outputs, -(-(row + 1) * inputs // outputs)
+    return ((start <= column) & (column < stop)) / (stop - start)

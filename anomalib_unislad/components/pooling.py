@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from anomalib_pack.shares import whole_share
+
 POOLINGS = ("lum+pmp", "mean", "lum", "pmp")  # Table IV
 
 
@@ -32,7 +34,7 @@ def lower_upper_mean(features: torch.Tensor, trim: float) -> torch.Tensor:
         (B, D).
     """
     patches = features.shape[1]
-    dropped = int(trim * patches)  # t
+    dropped = whole_share(trim, patches)  # t
     return features.sort(dim=1).values[:, dropped : patches - dropped].mean(dim=1)
 
 

@@ -10,25 +10,26 @@ from anomalib_pack.statistics import in_float64
 
 
 class Whitening(nn.Module):
-    """Centre and decorrelate features, then bring each to length 1.
+    """Centre and decorrelate features, and bring each to length 1; or one of these, or neither.
 
-    Eigenvalues are computed in double precision. Without ``enabled`` (Table III) only the length is normalised, as the
-    distances of Eq. 16 and the inner products of Eq. 17 need a common scale.
+    Eigenvalues are computed in double precision.
 
     Args:
         dimension: D.
         shrinkage: What is added to the covariance's diagonal, in units of its mean eigenvalue. The paper regularises
             (step 2 of four) without saying how.
-        enabled: ``False`` switches Eqs. 6 to 9 off.
+        enabled: Eqs. 6 to 9.
+        unit_length: Eq. 10.
     """
 
     mean: torch.Tensor
     matrix: torch.Tensor
 
-    def __init__(self, dimension: int, shrinkage: float, enabled: bool) -> None:
+    def __init__(self, dimension: int, shrinkage: float, enabled: bool, unit_length: bool) -> None:
         super().__init__()
         self.shrinkage = shrinkage
         self.enabled = enabled
+        self.unit_length = unit_length
         if enabled:
             self.register_buffer("mean", torch.zeros(dimension))
             self.register_buffer("matrix", torch.eye(dimension))  # L_2
@@ -49,10 +50,10 @@ class Whitening(nn.Module):
         self.matrix.copy_(matrix)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Transform features (..., D) to vectors of length 1."""
+        """Transform features (..., D)."""
         if self.enabled:
             features = (features - self.mean) @ self.matrix  # Eq. 9
-        return normalize(features, dim=-1)  # Eq. 10
+        return normalize(features, dim=-1) if self.unit_length else features  # Eq. 10
 
 
 def ridge(eigenvalues: torch.Tensor, shrinkage: float) -> torch.Tensor:
