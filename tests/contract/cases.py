@@ -172,7 +172,8 @@ CASES = {
             "blocks": ["no_such_layer"],
             "vit": "resnet18",  # no transformer
             "vit_layer": 13,  # of 12
-            "local_dim": 177,  # of 24 + 40 + 112 channels
+            "local_dim": 1585,  # of (24 + 40 + 112) x 3 x 3 values
+            "aggregation": "sum",
             "local_ratio": 1.5,
             "global_ratio": -0.1,
             "w_i": 1.5,

@@ -264,3 +264,8 @@ def test_image_score(ratio: float) -> None:
     number = max(1, int(360 * ratio))
     expected = [np.sort(array(image).ravel())[-number:].mean() for image in maps]
     np.testing.assert_allclose(array(image_score(maps, ratio)), expected, atol=1e-6)
+
+
+def test_image_score_counts_exactly() -> None:
+    """0.29 of 100 pixels are 29; 0.29 * 100 is 28.999... in floats."""
+    assert image_score(torch.arange(100.0).view(1, 1, 10, 10), 0.29).item() == 85

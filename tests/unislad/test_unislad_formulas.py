@@ -1,5 +1,8 @@
 """Steps 1 to 9 against slow NumPy versions in float64, written from the paper's equations in their order."""
 
+from decimal import Decimal
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,7 @@ from anomalib_unislad.components import (
 )
 from anomalib_unislad.torch_model import Features, UnisladModel
 
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "aggregator_a.npz"
 SHRINKAGE = 1e-2
 IMAGES, TESTED = 12, 3  # images to learn from, and to test
 LOCAL_DIM, GLOBAL_DIM = 8, 64
@@ -61,6 +65,18 @@ def bilinear(block: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return along(along(block.swapaxes(1, 2), grid[0]).swapaxes(1, 2), grid[1])
 
 
+def unfold(block: np.ndarray, side: int) -> np.ndarray:
+    """(C, h, w) -> (C side^2, h, w): the neighbourhoods, with zeros beyond the border; channel, then row and column."""
+    channels, height, width = block.shape
+    half = side // 2
+    padded = np.pad(block, ((0, 0), (half, half), (half, half)))
+    result = np.empty((channels * side**2, height, width))
+    for row in range(height):
+        for column in range(width):
+            result[:, row, column] = padded[:, row : row + side, column : column + side].reshape(-1)
+    return result
+
+
 def pool_channels(channels: np.ndarray, dimension: int) -> np.ndarray:
     """Adaptive average pooling of (C, h, w) to (D, h, w)."""
     total = len(channels)
@@ -68,28 +84,62 @@ def pool_channels(channels: np.ndarray, dimension: int) -> np.ndarray:
     return np.stack([channels[start:end].mean(axis=0) for start, end in bounds])
 
 
-@pytest.mark.parametrize(
-    ("channels", "grids", "dimension", "side"),
-    [
-        ((5,), ((6, 7),), 5, 3),
-        ((5,), ((6, 7),), 2, 1),
-        ((4, 6, 7), ((8, 8), (4, 4), (2, 2)), 5, 3),
-        ((4, 6, 7), ((8, 8), (4, 4), (2, 2)), 17, 5),
-        ((3, 3, 9, 1), ((9, 7), (9, 7), (5, 4), (1, 1)), 4, 3),
-        ((4, 6), ((4, 4), (8, 8)), 7, 3),  # a finer grid than the first one
-        ((64, 3, 50), ((6, 6), (3, 3), (2, 2)), 1, 3),
-        ((64, 3, 50), ((6, 6), (3, 3), (2, 2)), 100, 3),
-    ],
-)
-def test_local_features(channels: tuple, grids: tuple, dimension: int, side: int) -> None:
-    """Eqs. 1 and 2 in the paper's order: neighbourhoods, one grid, all channels side by side, pooled at the end."""
+BLOCKS = [  # channels, grids, dimension, side
+    ((5,), ((6, 7),), 5, 3),
+    ((5,), ((6, 7),), 2, 1),
+    ((4, 6, 7), ((8, 8), (4, 4), (2, 2)), 5, 3),
+    ((4, 6, 7), ((8, 8), (4, 4), (2, 2)), 17, 5),
+    ((3, 3, 9, 1), ((9, 7), (9, 7), (5, 4), (1, 1)), 4, 3),
+    ((4, 6), ((4, 4), (8, 8)), 7, 3),  # a finer grid than the first one
+    ((64, 3, 50), ((6, 6), (3, 3), (2, 2)), 1, 3),
+    ((64, 3, 50), ((6, 6), (3, 3), (2, 2)), 100, 3),
+]
+
+
+def check_local_features(channels: tuple, grids: tuple, dimension: int, side: int, aggregation: str) -> None:
     blocks = [random(2, count, *grid, seed=count) for count, grid in zip(channels, grids, strict=True)]
-    ours = LocalAggregator(channels, dimension, side)(blocks)
+    ours = LocalAggregator(channels, dimension, side, aggregation)(blocks)
     assert ours.shape == (2, dimension, *grids[0])
     for image in range(2):
-        resized = [bilinear(neighborhood_means(array(block[image]), side), grids[0]) for block in blocks]
-        expected = pool_channels(np.concatenate(resized), dimension)
-        np.testing.assert_allclose(array(ours[image]), expected, atol=2e-6)
+        if aggregation == "patchcore":
+            values = [bilinear(unfold(array(block[image]), side), grids[0]) for block in blocks]
+            joined = np.concatenate([pool_channels(one, dimension) for one in values])
+        else:
+            joined = np.concatenate([bilinear(neighborhood_means(array(one[image]), side), grids[0]) for one in blocks])
+        np.testing.assert_allclose(array(ours[image]), pool_channels(joined, dimension), atol=2e-6)
+
+
+@pytest.mark.parametrize(("channels", "grids", "dimension", "side"), BLOCKS)
+def test_local_features_of_patchcore(channels: tuple, grids: tuple, dimension: int, side: int) -> None:
+    """Eq. 2 in the paper's order: neighbourhoods, one grid, each block's values pooled, then those of all blocks."""
+    check_local_features(channels, grids, dimension, side, "patchcore")
+
+
+@pytest.mark.parametrize(("channels", "grids", "dimension", "side"), BLOCKS)
+def test_local_features_by_channels(channels: tuple, grids: tuple, dimension: int, side: int) -> None:
+    """The other reading: averages of neighbourhoods, one grid, all channels side by side, pooled at the end."""
+    check_local_features(channels, grids, dimension, side, "channels")
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"), [("patchcore", [4, 4, 4]), ("channels", [1, 3, 8])], ids=["patchcore", "channels"]
+)
+def test_shares_of_blocks(aggregation: str, expected: list[int]) -> None:
+    """How much of 12 values is each block's: an equal share, or one by its channels."""
+    channels = (8, 24, 64)
+    aggregator = LocalAggregator(channels, 12, 3, aggregation)
+    weights = [getattr(aggregator, f"weight{block}").sum().item() for block in range(3)]
+    assert weights == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.golden
+@pytest.mark.skipif(not GOLDEN.is_file(), reason="the reference numbers of the published code are not here")
+def test_patchcores_published_aggregator() -> None:
+    with np.load(GOLDEN, allow_pickle=False) as file:
+        blocks = [torch.from_numpy(file[f"in/layer{number}"]) for number in (1, 2, 3)]
+        expected = file["out/patches"]
+    ours = LocalAggregator([block.shape[1] for block in blocks], 16, 3, "patchcore")(blocks)
+    np.testing.assert_allclose(array(ours.permute(0, 2, 3, 1)), expected, atol=1e-5)
 
 
 # Step 4
@@ -99,8 +149,8 @@ def ridge_of(covariance: np.ndarray) -> float:
     return SHRINKAGE * np.trace(covariance) / len(covariance)
 
 
-def transform(features: np.ndarray, selected: np.ndarray, whitening: bool = True) -> np.ndarray:
-    """Eqs. 6 to 10 as they stand, with the inverse itself decomposed."""
+def transform(features: np.ndarray, selected: np.ndarray, whitening: bool, unit_length: bool) -> np.ndarray:
+    """Eqs. 6 to 9 and Eq. 10 as they stand, with the inverse itself decomposed."""
     if whitening:
         mean = selected.mean(axis=0)
         covariance = sum(np.outer(row - mean, row - mean) for row in selected) / (len(selected) - 1)  # Eq. 6
@@ -108,7 +158,7 @@ def transform(features: np.ndarray, selected: np.ndarray, whitening: bool = True
         eigenvalues, vectors = np.linalg.eigh(inverse)  # Eq. 7
         root = vectors @ np.diag(np.sqrt(np.maximum(eigenvalues, 0))) @ vectors.T  # Eq. 8
         features = (features - mean) @ root  # Eq. 9
-    return features / np.linalg.norm(features, axis=-1, keepdims=True)  # Eq. 10
+    return features / np.linalg.norm(features, axis=-1, keepdims=True) if unit_length else features  # Eq. 10
 
 
 def correlated(count: int, dimension: int, seed: int = 0) -> torch.Tensor:
@@ -117,25 +167,27 @@ def correlated(count: int, dimension: int, seed: int = 0) -> torch.Tensor:
     return random(count, dimension, seed=seed) @ mixing + 5 * random(dimension, seed=98)
 
 
+@pytest.mark.parametrize("unit_length", [False, True])
 @pytest.mark.parametrize(("count", "dimension"), [(200, 6), (5, 12), (13, 12), (2, 3)])
-def test_transform(count: int, dimension: int) -> None:
+def test_transform(count: int, dimension: int, unit_length: bool) -> None:
     """Of the bank's own features and of others; also with fewer features than dimensions."""
     selected, others = correlated(count, dimension), correlated(7, dimension, seed=1)
-    whitening = Whitening(dimension, SHRINKAGE, enabled=True)
+    whitening = Whitening(dimension, SHRINKAGE, enabled=True, unit_length=unit_length)
     whitening.fit(selected)
     for features in (selected, others):
-        expected = transform(array(features), array(selected))
-        np.testing.assert_allclose(array(whitening(features)), expected, atol=1e-4)
-        np.testing.assert_allclose(array(whitening(features).norm(dim=1)), 1, rtol=1e-6)
+        expected = transform(array(features), array(selected), True, unit_length)
+        np.testing.assert_allclose(array(whitening(features)), expected, atol=1e-4, rtol=1e-4)
+        if unit_length:
+            np.testing.assert_allclose(array(whitening(features).norm(dim=1)), 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("shrinkage", [1e-9, 1e-2, 0.5])
 def test_transformed_features_are_white(shrinkage: float) -> None:
-    """Before their rows are normalised: with eigenvalues s, their covariance has s / (s + ridge) on its diagonal."""
+    """Without Eq. 10: with eigenvalues s, their covariance has s / (s + ridge) on its diagonal."""
     selected = correlated(500, 6)
-    whitening = Whitening(6, shrinkage, enabled=True)
+    whitening = Whitening(6, shrinkage, enabled=True, unit_length=False)
     whitening.fit(selected)
-    whitened = (array(selected) - array(whitening.mean)) @ array(whitening.matrix)
+    whitened = array(whitening(selected))
     eigenvalues, vectors = np.linalg.eigh(np.cov(array(selected).T))
     expected = vectors @ np.diag(eigenvalues / (eigenvalues + shrinkage * eigenvalues.mean())) @ vectors.T
     np.testing.assert_allclose(np.cov(whitened.T), expected, atol=1e-4)
@@ -144,12 +196,14 @@ def test_transformed_features_are_white(shrinkage: float) -> None:
         np.testing.assert_allclose(expected, np.eye(6), atol=1e-5)
 
 
-def test_transform_switched_off() -> None:
-    """Table III without MT: only the length is normalised."""
+@pytest.mark.parametrize("unit_length", [False, True])
+def test_transform_switched_off(unit_length: bool) -> None:
+    """Table III without MT: the raw features, or these with length 1."""
     selected = correlated(20, 6)
-    whitening = Whitening(6, SHRINKAGE, enabled=False)
+    whitening = Whitening(6, SHRINKAGE, enabled=False, unit_length=unit_length)
     whitening.fit(selected)
-    np.testing.assert_allclose(array(whitening(selected)), transform(array(selected), None, False), atol=1e-6)
+    expected = transform(array(selected), None, False, unit_length)
+    np.testing.assert_allclose(array(whitening(selected)), expected, atol=1e-6)
     assert not whitening.state_dict()
 
 
@@ -158,7 +212,7 @@ def test_transform_switched_off() -> None:
 def test_features_without_variation(count: int, value: float) -> None:
     """Whatever rounding makes of their covariance, the transform is finite."""
     selected = torch.full((count, 5), value)
-    whitening = Whitening(5, SHRINKAGE, enabled=True)
+    whitening = Whitening(5, SHRINKAGE, enabled=True, unit_length=True)
     whitening.fit(selected)
     others = whitening(correlated(9, 5))
     assert whitening(selected).isfinite().all()
@@ -179,7 +233,7 @@ def root_of_powers(patches: np.ndarray, power: int) -> np.ndarray:
 
 def trimmed(patches: np.ndarray, alpha: float) -> np.ndarray:
     """Eq. 13 of (N, D), channel by channel."""
-    cut = int(np.floor(alpha * len(patches)))
+    cut = int(np.floor(Decimal(str(alpha)) * len(patches)))
     return np.array([np.mean(sorted(values)[cut : len(values) - cut]) for values in patches.T])
 
 
@@ -198,7 +252,7 @@ def test_power_mean_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("patches", "alpha"), [(30, 0.05), (30, 0.1), (49, 0.3), (5, 0.49), (4, 0.49), (7, 0.0), (1, 0.4)]
+    ("patches", "alpha"), [(30, 0.05), (30, 0.1), (49, 0.3), (5, 0.49), (4, 0.49), (7, 0.0), (1, 0.4), (100, 0.29)]
 )
 def test_lower_upper_mean(patches: int, alpha: float) -> None:
     features = random(2, patches, 7)
@@ -212,6 +266,8 @@ def test_lower_upper_mean_by_hand() -> None:
     torch.testing.assert_close(lower_upper_mean(values, 0.1), torch.tensor([[4.5]]))
     torch.testing.assert_close(lower_upper_mean(values, 0.19), torch.tensor([[4.5]]))  # floor
     torch.testing.assert_close(lower_upper_mean(values, 0.09), torch.tensor([[8.6]]))
+    outliers = torch.cat([torch.full((29,), 900.0), torch.ones(42), torch.zeros(29)]).view(1, 100, 1)
+    assert lower_upper_mean(outliers, 0.29).item() == 1  # 0.29 * 100 is 28.999... in floats
 
 
 def vector_of(patches: np.ndarray, pooling: str) -> np.ndarray:
@@ -285,11 +341,13 @@ def test_fusion(weight: float) -> None:
 
 
 def test_class_similarity() -> None:
-    """Eq. 17 by hand: the most similar token counts, opposite ones are 0, and rounding never exceeds 1."""
+    """Eq. 17 by hand: the most similar token counts whatever its length, and no rounding exceeds 1."""
     bank = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     tokens = torch.tensor([[0.8, 0.6], [-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     torch.testing.assert_close(class_similarity(tokens, bank), torch.tensor([0.96, 0.0, 1.0, 0.8]))
-    assert class_similarity(1.001 * bank, 1.001 * bank).max() == 1
+    torch.testing.assert_close(class_similarity(7 * tokens, 3 * bank), torch.tensor([0.96, 0.0, 1.0, 0.8]))
+    many = random(500, 7)
+    assert class_similarity(many, many).max() <= 1
     assert not class_similarity(tokens, torch.zeros(1, 2)).any()  # a single image: its token is the mean
 
 
@@ -327,14 +385,14 @@ class Reference:
         self.nominal, self.switches = nominal, switches
 
     def on(self, switch: str) -> bool:
-        return self.switches.get(switch, True)
+        return self.switches.get(switch, switch != "unit_length")
 
     def distances(self, patches: torch.Tensor, kind: str) -> np.ndarray:
         """Eq. 16: (h, w) for (D, h, w)."""
         selected = array(rows(getattr(self.nominal, kind))[::2])
-        whitening = self.on("whitening")
-        bank = transform(selected, selected, whitening)
-        tested = transform(array(rows(patches[None])), selected, whitening)
+        reading = self.on("whitening"), self.on("unit_length")
+        bank = transform(selected, selected, *reading)
+        tested = transform(array(rows(patches[None])), selected, *reading)
         return np.reshape([nearest_distance(patch, bank) for patch in tested], patches.shape[1:])
 
     def patch_map(self, tested: Features, image: int) -> np.ndarray:
@@ -346,8 +404,9 @@ class Reference:
         if local is None or global_ is None:
             return global_ if local is None else local
         tokens = array(self.nominal.class_token)
-        bank = transform(tokens, tokens, self.on("whitening"))
-        token = transform(array(tested.class_token[image : image + 1]), tokens, self.on("whitening"))[0]
+        literal = self.on("whitening") and self.on("unit_length")
+        bank = transform(tokens, tokens, literal, True)
+        token = transform(array(tested.class_token[image : image + 1]), tokens, literal, True)[0]
         weight = np.clip(max(entry @ token for entry in bank), 0, 1)  # Eq. 17
         return (1 - weight) * bilinear(global_[None], LOCAL_GRID)[0] + weight * local  # Eq. 18
 
@@ -397,6 +456,9 @@ ABLATIONS = [
     {"patch_bank": False},
     {"use_cnn": False, "patch_bank": False},
     {"use_vit": False},
+    {"unit_length": True},  # the paper read literally
+    {"whitening": False},
+    {"whitening": False, "unit_length": True},
     {"pooling": "mean"},  # Table IV
     {"pooling": "lum"},
     {"pooling": "pmp"},
@@ -444,7 +506,7 @@ def test_weight_of_the_patches_follows_the_class_token() -> None:
     known = tested._replace(class_token=nominal.class_token[:1])
     local = reference.distances(tested.local_patches[0], "local_patches")
     np.testing.assert_allclose(array(model.patch_map(known)[0, 0]), local, atol=1e-3)
-    model.class_bank.neighbors.bank = -model.class_bank.whitening(known.class_token)
+    model.class_bank.neighbors.bank = -known.class_token
     global_ = bilinear(reference.distances(tested.global_patches[0], "global_patches")[None], LOCAL_GRID)[0]
     np.testing.assert_allclose(array(model.patch_map(known)[0, 0]), global_, atol=1e-3)
 

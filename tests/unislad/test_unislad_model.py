@@ -111,6 +111,8 @@ def test_defaults() -> None:
         "use_cnn": True,
         "use_vit": True,
         "whitening": True,
+        "unit_length": False,
+        "aggregation": "patchcore",
         "patch_bank": True,
         "image_distribution": True,
         "normalize_scores": True,
@@ -121,12 +123,14 @@ def test_defaults() -> None:
     assert {name: defaults[name] for name in paper} == paper
     in_network = {name: one.default for name, one in inspect.signature(UnisladModel).parameters.items()}
     assert {name: defaults[name] for name in in_network} == in_network
-    numbers = {1: (0, 1), 2: (0, 1, 2, 3), 3: (1, 2, 3, 4, 5), 4: (0,)}
+    numbers = {1: (0, 1, 2), 2: (0, 1, 2, 3), 3: (1, 2, 3, 4, 5), 4: (0,)}
     assert tuple(f"layer{stage}.{block}" for stage, blocks in numbers.items() for block in blocks) == BLOCKS
 
     model = UnisladModel(weights=None, vit_weights=None).eval()
-    assert model.backbone.channels == 2 * [256] + 4 * [512] + 5 * [1024] + [2048]
-    assert model.backbone.strides == 2 * [4] + 4 * [8] + 5 * [16] + [32]
+    assert len(model.backbone.channels) == 13
+    assert sum(model.backbone.channels) == 9984
+    assert model.backbone.channels == 3 * [256] + 4 * [512] + 5 * [1024] + [2048]
+    assert model.backbone.strides == 3 * [4] + 4 * [8] + 5 * [16] + [32]
     features = model.extract(torch.rand(1, 3, *Unislad.configure_pre_processor().transform.transforms[0].size))
     assert [tuple(part.shape) for part in features] == [(1, 1024, 56, 56), (1, 768, 14, 14), (1, 768)]
     assert model.local_distribution.mean.shape == (2048,)
@@ -151,12 +155,11 @@ def test_banks_hold_coresets_of_all_training_images(trained: tuple, images: dict
     ):
         points = patches.permute(0, 2, 3, 1).flatten(0, 2)
         chosen, _ = k_center_greedy(points, int(ratio * len(points)))
-        whitening = Whitening(points.shape[1], 1e-2, enabled=True)
+        whitening = Whitening(points.shape[1], 1e-2, enabled=True, unit_length=False)
         whitening.fit(points[chosen])
         torch.testing.assert_close(bank.neighbors.bank, whitening(points[chosen]), atol=1e-3, rtol=1e-3)
-    tokens = model.class_bank.whitening(features.class_token)
-    torch.testing.assert_close(model.class_bank.neighbors.bank, tokens, atol=1e-4, rtol=1e-4)
-    assert len(tokens) == TRAINING_IMAGES
+    torch.testing.assert_close(model.class_bank.neighbors.bank, features.class_token, atol=1e-4, rtol=1e-4)
+    assert len(features.class_token) == TRAINING_IMAGES
     means = [part.mean(dim=0) for part in model.vectors(features)]
     for distribution, mean in zip(
         (model.local_distribution, model.global_distribution, model.class_distribution), means, strict=True
