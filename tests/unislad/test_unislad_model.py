@@ -7,9 +7,13 @@ import pickle
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
+import openvino
 import pytest
 import torch
 from anomalib.data import Folder
+from anomalib.deploy import ExportType
 from anomalib.engine import Engine
 from anomalib.models import Patchcore
 from lightning.pytorch import Callback
@@ -302,6 +306,59 @@ def test_cuda_agrees_with_the_cpu(trained: tuple, images: dict, search: str) -> 
     on_gpu = network.cuda()(images["test"].cuda())
     torch.testing.assert_close(on_gpu.anomaly_map.cpu(), on_cpu.anomaly_map, atol=1e-2, rtol=1e-2)
     torch.testing.assert_close(on_gpu.pred_score.cpu(), on_cpu.pred_score, atol=5e-2, rtol=5e-2)
+
+
+# Readings
+
+READINGS = {
+    "default": {},
+    "literal": {"unit_length": True},
+    "raw": {"whitening": False},
+    "unit": {"whitening": False, "unit_length": True},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reading", READINGS)
+def test_readings_of_the_transform(loco: MVTecLoco, images: dict, tmp_path: Path, reading: str) -> None:
+    """Each in a real run: what is in the banks, the range of distances, checkpoints, and all kinds of search."""
+    model, checkpoint = train(loco, tmp_path, **READINGS[reading])
+    for kind in ("local", "global"):
+        bank = getattr(model.model, f"{kind}_bank").neighbors.bank
+        assert (bank.mean(dim=0).abs().max() < 1e-3) == (reading == "default")  # centred, and nothing after that
+        assert torch.allclose(bank.norm(dim=1), torch.ones(len(bank))) == (reading in ("literal", "unit"))
+    result = model.model(images["test"])
+    assert result.anomaly_map.min() >= 0
+    assert result.anomaly_map.max() <= 2 or reading in ("default", "raw")
+    similarity = model.model.local_share(model.model.extract(images["test"]).class_token)
+    assert (similarity.max() < 0.9) == (reading == "literal")  # plain tokens of one category resemble each other
+
+    torch.testing.assert_close(restored(checkpoint).model(images["test"]), result, atol=1e-5, rtol=1e-5)
+    for index in ("ivf", "hnsw"):
+        loaded = restored(checkpoint, index=index).model
+        assert (
+            loaded(images["test"]).anomaly_map >= result.anomaly_map - 1e-4
+        ).all()  # what an index misses is farther
+        assert loaded.local_bank.neighbors._built is not None
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("reading", READINGS)
+def test_exports_of_readings(loco: MVTecLoco, images: dict, tmp_path: Path, reading: str) -> None:
+    model, _ = train(loco, tmp_path, **READINGS[reading])
+    eager = model(images["test"])
+    session = onnxruntime.InferenceSession(engine(tmp_path).export(model, ExportType.ONNX, export_root=tmp_path))
+    file = engine(tmp_path).export(model, ExportType.OPENVINO, export_root=tmp_path)
+    compiled = openvino.compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    names = [output.name for output in session.get_outputs()]
+    for position, image in enumerate(images["test"][:3]):
+        array = image[None].numpy()
+        by_onnx = dict(zip(names, session.run(None, {session.get_inputs()[0].name: array}), strict=True))
+        for outputs in (by_onnx, compiled(array)):
+            for key in ("anomaly_map", "pred_score"):
+                expected = getattr(eager, key)[position].flatten().numpy()
+                np.testing.assert_allclose(outputs[key].flatten(), expected, atol=1e-4)
 
 
 # Search
