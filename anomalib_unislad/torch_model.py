@@ -276,7 +276,9 @@ class UnisladModel(nn.Module):
             score if score is None else (score - mean) / std
             for score, mean, std in zip(raw, self.score_mean, self.score_std, strict=True)
         )
-        of_image = fuse(local, fuse(global_, class_token, self.w_ig), self.w_i)  # Eq. 20
+        # Ours: S_ig has "the same structure as Eq. (18)"; which of the two takes w_ig is not said.
+        of_vit = fuse(global_, class_token, self.w_ig)
+        of_image = fuse(local, of_vit, self.w_i)  # Eq. 20
         return fuse(of_image, patch, self.w)  # Eq. 21
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
