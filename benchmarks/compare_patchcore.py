@@ -69,7 +69,7 @@ def main() -> None:
     for name in arguments.models:
         seed_everything(0, workers=True)
         datamodule = load_data(arguments.dataset, arguments.category, arguments.root)
-        {"Patchcore": test_patchcore, "Ulsad": test_ulsad, "Unislad": test_unislad}[name](arguments, datamodule)
+        {"Patchcore": run_patchcore, "Ulsad": run_ulsad, "Unislad": run_unislad}[name](arguments, datamodule)
 
 
 def engine_for(arguments: argparse.Namespace, **trainer: Any) -> Engine:
@@ -83,14 +83,14 @@ def parts_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"evaluator": GroupEvaluator(group_by=groups), "visualizer": False}
 
 
-def test_patchcore(arguments: argparse.Namespace, datamodule: AnomalibDataModule) -> None:
+def run_patchcore(arguments: argparse.Namespace, datamodule: AnomalibDataModule) -> None:
     """Fit and test Patchcore."""
     model, engine = patchcore(arguments), engine_for(arguments)
     engine.fit(model, datamodule=datamodule)
     report("Patchcore", engine.test(model, datamodule=datamodule, verbose=False)[0])
 
 
-def test_ulsad(arguments: argparse.Namespace, datamodule: AnomalibDataModule) -> None:
+def run_ulsad(arguments: argparse.Namespace, datamodule: AnomalibDataModule) -> None:
     """Train and test Ulsad."""
     length = {"max_epochs": arguments.epochs, "check_val_every_n_epoch": arguments.epochs}
     model, engine = ulsad(arguments), engine_for(arguments, **length)
@@ -98,7 +98,7 @@ def test_ulsad(arguments: argparse.Namespace, datamodule: AnomalibDataModule) ->
     report("Ulsad", engine.test(model, datamodule=datamodule, verbose=False)[0])
 
 
-def test_unislad(arguments: argparse.Namespace, datamodule: AnomalibDataModule) -> None:
+def run_unislad(arguments: argparse.Namespace, datamodule: AnomalibDataModule) -> None:
     """Fit Unislad with banks of raw features, and test each reading with banks made of these."""
     raw = unislad(arguments, **READINGS["raw"], normalize_scores=False)
     engine_for(arguments, limit_val_batches=0).fit(raw, datamodule=datamodule)
