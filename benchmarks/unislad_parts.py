@@ -39,7 +39,7 @@ def main() -> None:
             similarities.append(similarity)
             groups += batch.group
     table, w_p = torch.cat(rows), torch.cat(similarities)
-    print(f"w_p from {w_p.min():.2f} to {w_p.max():.2f}\n\n| group | {' | '.join(SCORES)} | S_i | S |\n|{'---|' * 7}")
+    print(f"w_p from {w_p.min():.3f} to {w_p.max():.3f}\n\n| group | {' | '.join(SCORES)} | S_i | S |\n|{'---|' * 7}")
     for group in sorted({*groups} - {NORMAL}):
         chosen = torch.tensor([index for index, name in enumerate(groups) if name in (NORMAL, group)])
         labels = torch.tensor([groups[index] == group for index in chosen])
