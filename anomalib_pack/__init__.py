@@ -22,6 +22,7 @@ A map, from the outside in::
     callbacks.py        callbacks for any model
     checks.py           checks of arguments and data, before an epoch is wasted
     remeasuring.py      measurements of a checkpoint, for a model with other values
+    exporting.py        exports that see image files as the engine does
     defaults.py         what the models choose alike where Anomalib lets a model choose
     efficiency/         `anomalib efficiency`: latency, throughput, parameters, FLOPs, memory
     sweep/              `anomalib sweep`: many models, data sets and seeds

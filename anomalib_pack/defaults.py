@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 from anomalib import LearningType
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 
+from .exporting import AntialiasingByProducts, check_any_size, keep_antialiasing
 from .metrics import GroupEvaluator, default_test_metrics
 from .post_processing import RankPreservingPostProcessor
 
@@ -44,3 +46,37 @@ class OneClassDefaults:
     def configure_evaluator() -> Evaluator:
         """The pack's metrics, overall and for each category or anomaly group."""
         return GroupEvaluator(test_metrics=default_test_metrics())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Take a component; a pre-processor keeps the antialiasing of its resize when it is exported."""
+        super().__setattr__(name, value)
+        if name == "pre_processor":
+            keep_antialiasing(value)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the components; a pre-processor builds its exported transform anew."""
+        super().on_load_checkpoint(checkpoint)
+        keep_antialiasing(self.pre_processor)
+
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to ONNX, also on the way to OpenVINO, with resizes that all runtimes compute alike.
+
+        Args:
+            export_root: Folder of the exported model.
+            model_file_name: Its name.
+            input_size: Height and width of all images, ``None`` for images of any size.
+            **kwargs: As in all Anomalib models.
+
+        Raises:
+            ValueError: If images may have any size, and the pre-processor does not resize them to a fixed one.
+        """
+        if input_size is None:
+            check_any_size(self.pre_processor)
+        with AntialiasingByProducts():
+            return super().to_onnx(export_root, model_file_name, input_size, **kwargs)

@@ -2,6 +2,7 @@
 
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -14,10 +15,13 @@ from anomalib.data.utils import read_image
 from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.models import AnomalibModule
 from cases import Case
+from PIL import Image
 from runs import Trained, quiet_engine, run_cli, write_model_config
 from safetensors.torch import save_file
 
 TOLERANCE = 1e-4  # of the map's range
+COMPARED = ("anomaly_map", "pred_score", "pred_label")
+OPENVINO_IN_FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}  # its default is bfloat16 where the processor has it
 
 
 @pytest.fixture
@@ -40,10 +44,11 @@ def agree(exported: dict[str, np.ndarray], eager: dict[str, torch.Tensor]) -> No
 
 
 def test_exports(trained: Trained, restored: AnomalibModule, images: torch.Tensor, tmp_path: Path) -> None:
+    """Files for images of one size, by the real command."""
     with torch.no_grad():
         eager = restored(images)._asdict()
     size = f"[{images.shape[-2]},{images.shape[-1]}]"
-    for kind in ("torch", "onnx"):
+    for kind in ("torch", "openvino"):
         run_cli(
             "export", "--config", write_model_config(trained), "--export_type", kind, "--ckpt_path", trained.checkpoint,
             "--export_root", tmp_path, "--input_size", size,
@@ -52,37 +57,59 @@ def test_exports(trained: Trained, restored: AnomalibModule, images: torch.Tenso
     with torch.no_grad():
         agree({key: value.numpy() for key, value in pickled(images)._asdict().items()}, eager)
 
-    session = onnxruntime.InferenceSession(tmp_path / "weights/onnx/model.onnx")
-    outputs = [output.name for output in session.get_outputs()]
-    rows = [session.run(None, {session.get_inputs()[0].name: image[None].numpy()}) for image in images]
-    agree({key: np.concatenate(parts) for key, parts in zip(outputs, zip(*rows, strict=True), strict=True)}, eager)
+    compiled = openvino.compile_model(tmp_path / "weights/openvino/model.xml", "CPU", OPENVINO_IN_FLOAT32)
+    results = [compiled(image[None].numpy()) for image in images]
+    agree({key: np.concatenate([result[key] for result in results]) for key in COMPARED}, eager)
 
 
-def test_anomalib_inferencers(
-    restored: AnomalibModule, images: torch.Tensor, loco_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def files(restored: AnomalibModule, loco_root: Path, tmp_path: Path) -> list[Path]:
+    """Image files of 60 %, 100 %, 137 % and 400 % of the model's input, higher or wider, with fine texture."""
+    generator = np.random.default_rng(0)
+    height, width = restored.input_size
+    shapes = [(0.6, 0.8), (1, 1), (1.37, 1), (1, 1.37), (4, 3)]
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for (down, across), source in zip(shapes, sorted((loco_root / "tray" / "test").glob("*/*.png")), strict=False):
+        pixels = Image.open(source).convert("RGB").resize((round(across * width), round(down * height)))
+        texture = generator.integers(-20, 21, (pixels.height, pixels.width, 1))
+        Image.fromarray((np.asarray(pixels) + texture).clip(0, 255).astype(np.uint8)).save(folder / source.name)
+    return sorted(folder.iterdir())
+
+
+def test_files_of_any_size(
+    restored: AnomalibModule, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files exported without an input size take images of any size, also in Anomalib's own inferencers."""
+    """Files exported without an input size score image files as the engine does, also in Anomalib's own inferencers."""
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")  # what Anomalib asks for before it unpickles a model
     monkeypatch.chdir(tmp_path)  # OpenVINO's inferencer writes a cache into the working directory
     engine = quiet_engine(tmp_path)
-    image = next((loco_root / "tray" / "test" / "logical_anomalies").iterdir())
-    torch_file = engine.export(restored, ExportType.TORCH, export_root=tmp_path)
-    xml_file = engine.export(restored, ExportType.OPENVINO, export_root=tmp_path)
-    torch_score = TorchInferencer(torch_file, device="cpu").predict(str(image)).pred_score.item()
-    openvino_score = OpenVINOInferencer(xml_file, device="CPU").predict(str(image)).pred_score.item()
-    assert torch_score == pytest.approx(openvino_score, abs=1e-3)
+    predicted = engine.predict(restored, data_path=files[0].parent)
+    assert [path for batch in predicted for path in batch.image_path] == [str(file) for file in files]
+    expected = {key: torch.cat([getattr(batch, key).reshape(1, -1) for batch in predicted]) for key in COMPARED}
 
-    with torch.no_grad():
-        eager = restored(images)._asdict()
-    compiled = openvino.compile_model(xml_file, "CPU")
-    results = [compiled(image[None].numpy()) for image in images]
-    agree(
-        {
-            key: np.concatenate([result[key] for result in results])
-            for key in ("anomaly_map", "pred_score", "pred_label")
-        },
-        eager,
-    )
+    torch_file = engine.export(restored, ExportType.TORCH, export_root=tmp_path)
+    onnx_file = engine.export(restored, ExportType.ONNX, export_root=tmp_path)
+    session = onnxruntime.InferenceSession(onnx_file)
+    outputs = [output.name for output in session.get_outputs()]
+
+    def run_onnx(file: str) -> SimpleNamespace:
+        image = read_image(file, as_tensor=True)[None].numpy()
+        return SimpleNamespace(
+            **dict(zip(outputs, session.run(None, {session.get_inputs()[0].name: image}), strict=True))
+        )
+
+    for predict in (
+        TorchInferencer(torch_file, device="cpu").predict,
+        run_onnx,
+        OpenVINOInferencer(onnx_file, device="CPU", config=OPENVINO_IN_FLOAT32).predict,
+    ):
+        with torch.no_grad():
+            rows = [predict(str(file)) for file in files]
+        agree(
+            {key: np.concatenate([np.asarray(getattr(row, key)).reshape(1, -1) for row in rows]) for key in COMPARED},
+            expected,
+        )
 
 
 @pytest.fixture
