@@ -41,8 +41,8 @@ def check_any_size(pre_processor: nn.Module | None) -> None:
     steps = extract_transforms_by_type(getattr(pre_processor, "transform", None), SPATIAL)
     if steps and not (isinstance(steps[0], Resize) and len(steps[0].size or ()) == 2):
         msg = (
-            "An ONNX or OpenVINO file for images of any size needs a pre-processor that resizes to a height and a width "
-            f"first, got {steps[0]}. Give Resize both, or export for images of one size with input_size."
+            "An ONNX or OpenVINO file for images of any size needs a pre-processor that resizes to a height and a "
+            f"width first, got {steps[0]}. Give Resize both, or export for images of one size with input_size."
         )
         raise ValueError(msg)
 

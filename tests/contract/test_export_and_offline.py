@@ -68,12 +68,14 @@ def files(restored: AnomalibModule, loco_root: Path, tmp_path: Path) -> list[Pat
     generator = np.random.default_rng(0)
     height, width = restored.input_size
     shapes = [(0.6, 0.8), (1, 1), (1.37, 1), (1, 1.37), (4, 3)]
+    sources = sorted((loco_root / "tray" / "test").glob("*/*.png"))[::2]  # normal images and anomalies
     folder = tmp_path / "files"
     folder.mkdir()
-    for (down, across), source in zip(shapes, sorted((loco_root / "tray" / "test").glob("*/*.png")), strict=False):
-        pixels = Image.open(source).convert("RGB").resize((round(across * width), round(down * height)))
-        texture = generator.integers(-20, 21, (pixels.height, pixels.width, 1))
-        Image.fromarray((np.asarray(pixels) + texture).clip(0, 255).astype(np.uint8)).save(folder / source.name)
+    for number, (down, across) in enumerate(shapes):
+        size = (round(across * width), round(down * height))
+        pixels = np.asarray(Image.open(sources[number]).convert("RGB").resize(size))
+        texture = generator.integers(-20, 21, (*pixels.shape[:2], 1))
+        Image.fromarray((pixels + texture).clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
     return sorted(folder.iterdir())
 
 
