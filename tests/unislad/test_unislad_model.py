@@ -14,6 +14,7 @@ import pytest
 import torch
 from anomalib.data import Folder
 from anomalib.deploy import ExportType
+from anomalib.data.utils import read_image
 from anomalib.engine import Engine
 from anomalib.models import Patchcore
 from lightning.pytorch import Callback
@@ -264,6 +265,27 @@ def test_sizes(trained: tuple, size: tuple[int, int]) -> None:
     assert result.pred_score.shape == (2,)
     assert result.anomaly_map.isfinite().all()
     assert result.pred_score.isfinite().all()
+
+
+@torch.no_grad()
+def test_exports_at_another_size_than_the_transformers(trained: tuple, loco_root: Path, tmp_path: Path) -> None:
+    """OpenVINO has no antialiasing, with which the position embedding comes from 10 x 10 tokens to 4 x 4."""
+    model = restored(trained[1])
+    assert model.model.vit.network.patch_embed.grid_size == (10, 10)
+    file = next((loco_root / "tray" / "test" / "logical_anomalies").iterdir())
+    image = torch.nn.functional.interpolate(read_image(file, as_tensor=True)[None], size=(150, 203), mode="bilinear")
+    expected = model(image)
+    onnx_file = model.to_onnx(tmp_path)
+    session = onnxruntime.InferenceSession(onnx_file)
+    by_onnx = dict(
+        zip([output.name for output in session.get_outputs()], session.run(None, {"input": image.numpy()}), strict=True)
+    )
+    by_openvino = openvino.compile_model(onnx_file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(image.numpy())
+    spread = (expected.anomaly_map.max() - expected.anomaly_map.min()).item()
+    for result in (by_onnx, by_openvino):
+        for key in ("anomaly_map", "pred_score"):
+            wanted = getattr(expected, key).numpy()
+            np.testing.assert_allclose(result[key].reshape(wanted.shape), wanted, atol=1e-4 * spread, rtol=0)
 
 
 @torch.no_grad()
