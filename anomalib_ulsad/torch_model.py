@@ -350,7 +350,9 @@ def combine(maps: BranchMaps) -> InferenceBatch:
 
     Differs from the paper: the maximum is taken over the smoothed full-size map, as in the published code.
     """
-    anomaly_map = maps.structural if maps.logical is None else (maps.structural + maps.logical) / 2
+    # Not a sum: OpenVINO 2026.4 fuses a sum of two convolutions' results, the blurs', and gets it wrong.
+    branches = [maps.structural] if maps.logical is None else [maps.structural, maps.logical]
+    anomaly_map = torch.cat(branches, dim=1).mean(dim=1, keepdim=True)
     return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
 
 
