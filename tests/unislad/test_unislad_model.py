@@ -13,8 +13,8 @@ import openvino
 import pytest
 import torch
 from anomalib.data import Folder
-from anomalib.deploy import ExportType
 from anomalib.data.utils import read_image
+from anomalib.deploy import ExportType
 from anomalib.engine import Engine
 from anomalib.models import Patchcore
 from lightning.pytorch import Callback
