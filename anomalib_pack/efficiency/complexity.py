@@ -38,7 +38,8 @@ def flops(network: nn.Module, images: torch.Tensor) -> int:
         >>> flops(nn.Linear(3, 2), torch.ones(1, 3))
         12
     """
-    with FlopCounterMode(display=False) as counter:
+    # Not in inference mode: where a layer gets a parameter as its input, as FastFlow's do, the counter fails there.
+    with torch.inference_mode(mode=False), torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(images)
     return counter.get_total_flops()
 

@@ -34,6 +34,21 @@ def test_flops(batch_size: int) -> None:
         assert flops(hand_counted(), torch.rand(batch_size, 2, 8, 8)) == batch_size * (CONV + TRANSPOSED + LINEAR)
 
 
+def test_flops_of_a_layer_whose_input_is_a_parameter() -> None:
+    """As FastFlow's have; PyTorch's counter fails at it in inference mode, in which models are measured."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.softplus, self.linear = nn.Parameter(torch.ones(1)), nn.Softplus(), nn.Linear(3, 2)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.softplus(self.scale) * self.linear(images)
+
+    with torch.inference_mode():
+        assert flops(Scaled(), torch.ones(1, 3)) == 12
+
+
 def test_profiler_skips_transposed_convolutions(capfd: pytest.CaptureFixture[str]) -> None:
     with torch.inference_mode():
         assert profiler_flops(hand_counted(), torch.rand(1, 2, 8, 8)) == CONV + LINEAR
