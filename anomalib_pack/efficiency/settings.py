@@ -29,7 +29,8 @@ class Settings:
     Args:
         models: Each with `class_path` and `init_args` as in `anomalib benchmark`, and optionally `ckpt_path` (a trained
             checkpoint), `name` (in the tables), `image_size` ([height, width] in pixels, if not the model's own),
-            `precision` and `data` (in place of those below).
+            `precision` and `data` (in place of those below), and `may_fail` (then its failure is a row of the tables,
+            but not one of the command).
         device: `cpu`, `cuda` or `cuda:N`.
         precision: Type of the network's weights and of the images.
         protocol: What a pass is. `prediction`: from before the copy of the images to the device until the anomaly maps
@@ -70,6 +71,7 @@ class Entry:
     init_args: dict[str, Any] = field(default_factory=dict)
     ckpt_path: str | None = None
     image_size: Sequence[int] | None = None
+    may_fail: bool = False
 
 
 def entries(settings: Settings) -> list[Entry]:

@@ -66,6 +66,19 @@ def test_failing_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "Traceback" in (folder / "errors.log").read_text()
 
 
+def test_a_model_that_may_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has its row, and the command ends well."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "in_own_process", lambda function, *arguments: function(*arguments))
+    config = write(tmp_path, models=[{"class_path": "NoSuchModel", "may_fail": True}])
+    AnomalibCLI(["efficiency", "--config", str(config)])
+    assert "NoSuchModel failed: UnknownModelError" in capsys.readouterr().out
+    (folder,) = (tmp_path / "runs" / "efficiency").iterdir()
+    assert "NoSuchModel | failed: UnknownModelError" in (folder / "results.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

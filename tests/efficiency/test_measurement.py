@@ -132,6 +132,13 @@ def test_unknown_image_size() -> None:
     assert "Traceback" in row["traceback"]
 
 
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_networks_that_cannot_run_in_half_precision(precision: str) -> None:
+    """Anomalib's EfficientAd; if this fails, it can, and docs/efficiency.md and the configurations say otherwise."""
+    row = measure_or_error(entry("EfficientAd", precision=precision), settings())
+    assert row["error"].startswith("RuntimeError: Input type (float) and bias type (")
+
+
 def test_failure_is_one_line() -> None:
     row = measure_or_error(entry("NoSuchModel"), settings())
     assert "has no attribute 'NoSuchModel'" in row["error"]
