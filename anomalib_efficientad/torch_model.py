@@ -26,9 +26,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class PlainRgbNetwork(nn.Module):
     """One of Anomalib's networks without its normalisation, which its first convolution takes over.
 
-    In eval mode the images are not normalised: weights and bias of the first convolution are (comments on Alg. 1), anew
-    in each pass, which costs nothing beside it and is never out of date. Anomalib's normalisation turns images of half
-    precision into float32, which no convolution of half precision takes.
+    In eval mode it is not the images that are normalised, but weights and bias of that convolution (comments on Alg. 1).
+    They are made anew in each pass, of the few thousand values that there are, and so are never out of date. Anomalib's
+    normalisation turns images of half precision into float32, which no convolution of half precision takes.
 
     Args:
         network: Whose layers become those of this one, under their names.
