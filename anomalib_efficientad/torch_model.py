@@ -26,7 +26,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class PlainRgbNetwork(nn.Module):
     """One of Anomalib's networks without its normalisation, which its first convolution takes over.
 
-    In eval mode it is not the images that are normalised, but weights and bias of that convolution (comments on Alg. 1).
+    In eval mode it is not the images that are normalised, but that convolution's weights and bias (comments on Alg. 1).
     They are made anew in each pass, of the few thousand values that there are, and so are never out of date. Anomalib's
     normalisation turns images of half precision into float32, which no convolution of half precision takes.
 
