@@ -102,7 +102,8 @@ def test_never_out_of_date(thin) -> None:
             next(model.get_submodule(part).parameters()).data.add_(0.3)
     agree()
     for model in (theirs, ours):  # a step of an optimiser between two evaluations
-        torch.manual_seed(1)
+        model.choose_random_aug_image = lambda image: 0.9 * image  # the same for both
+        torch.manual_seed(1)  # of the dropout
         model.train()
         optimizer = torch.optim.SGD([*model.student.parameters(), *model.ae.parameters()], lr=1e-3)
         with torch.enable_grad():
