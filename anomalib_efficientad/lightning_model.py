@@ -60,7 +60,8 @@ class DistilledEfficientAd(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, E
     - the learning rate drops after 95 % of the steps, as in the paper; Anomalib's never does;
     - statistics and quantiles are measured on pre-processed images; Anomalib measures them on images of the data set's
       own size;
-    - images are taken one by one in training, as in the paper, whatever the batch size of the data.
+    - images are taken one by one in training, as in the paper, whatever the batch size of the data;
+    - the networks run in half precision too: in eval mode their first convolutions do the normalisation.
 
     Args:
         teacher_weights: File with the teacher's state dict, e.g. one that ``python -m anomalib_efficientad distill``

@@ -2,25 +2,111 @@
 
 Paper: Batzner et al., "EfficientAD: Accurate Visual Anomaly Detection at Millisecond-Level Latencies", WACV 2024,
 https://arxiv.org/abs/2303.14535. No code is published; Anomalib's ``EfficientAdModel`` follows the paper.
-Status: the same maps and scores as Anomalib's.
+Status: the same maps and scores as Anomalib's (to 1e-5), in half precision too, in which Anomalib's cannot run.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel, reduce_tensor_elems
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
 HARD = 0.999  # p_hard, quantile of the distances from which on they count (Alg. 1, line 19)
 MINIMUM_SIZE = 256  # the autoencoder's EncConv-6 needs an 8 x 8 input, five halvings away from the image (Table 3)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # comments on Alg. 1 and 2
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class PlainRgbNetwork(nn.Module):
+    """One of Anomalib's networks without its normalisation, which its first convolution takes over.
+
+    In eval mode it is not the images that are normalised, but that convolution's weights and bias (comments on Alg. 1).
+    They are made anew in each pass, of the few thousand values that there are, and so are never out of date. Anomalib's
+    normalisation turns images of half precision into float32, which no convolution of half precision takes.
+
+    Args:
+        network: Whose layers become those of this one, under their names.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        for name, layer in network.named_children():
+            self.add_module(name, layer)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    def first(self, convolution: nn.Conv2d, images: torch.Tensor) -> torch.Tensor:
+        """Normalise RGB in [0, 1], (B, 3, H, W), and convolve it."""
+        if self.training:
+            return convolution((images - self.mean) / self.std)
+        weight = convolution.weight / self.std
+        # Not as a matrix product, which autocast would round.
+        bias = convolution.bias - (weight * self.mean).sum(dim=(1, 2, 3))
+        return F.conv2d(pad_with_mean(images, convolution.padding[0]), weight, bias, convolution.stride)
+
+
+def pad_with_mean(images: torch.Tensor, width: int) -> torch.Tensor:
+    """Pad plain RGB with ImageNet's mean colour, which the normalisation would make 0.
+
+    Example:
+        >>> pad_with_mean(torch.zeros(1, 3, 1, 1), width=1)[0, 0]
+        tensor([[0.4850, 0.4850, 0.4850],
+                [0.4850, 0.0000, 0.4850],
+                [0.4850, 0.4850, 0.4850]])
+    """
+    if width == 0:
+        return images
+    channels = zip(images.split(1, dim=1), IMAGENET_MEAN, strict=True)
+    return torch.cat([F.pad(channel, 4 * [width], value=mean) for channel, mean in channels], dim=1)
+
+
+class PatchDescriptionNetwork(PlainRgbNetwork):
+    """Teacher or student of either size (Tables 1 and 2)."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """RGB in [0, 1], (B, 3, H, W) -> (B, C, h, w)."""
+        first, second, *hidden, last = (layer for layer in self.children() if isinstance(layer, nn.Conv2d))
+        maps = self.avgpool1(F.relu(self.first(first, images)))
+        maps = self.avgpool2(F.relu(second(maps)))
+        for convolution in hidden:
+            maps = F.relu(convolution(maps))
+        return last(maps)
+
+
+class AutoEncoder(PlainRgbNetwork):
+    """Autoencoder (Table 3)."""
+
+    def forward(self, images: torch.Tensor, image_size: Sequence[int]) -> torch.Tensor:
+        """RGB in [0, 1], (B, 3, H, W) -> (B, C, h, w) in float32: squared differences would overflow in float16."""
+        first, *hidden, last = self.encoder.children()
+        maps = F.relu(self.first(first, images))
+        for convolution in hidden:
+            maps = F.relu(convolution(maps))
+        return self.decoder(last(maps), image_size).float()
+
+
+class Float32ParameterDict(nn.ParameterDict):
+    """Measured numbers that stay in float32 when the networks around them become half precision.
+
+    In float16 two quantiles may be one, or a standard deviation 0. What is computed with them is in float32 as well.
+    """
+
+    def _apply(self, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Float32ParameterDict:
+        # As whole numbers, which a change of precision leaves alone; other devices take them.
+        return super()._apply(lambda tensor: function(tensor.view(torch.int32)).view(torch.float32), recurse)
 
 
 class DistilledEfficientAdModel(EfficientAdModel):
-    """Anomalib's EfficientAD with frozen parameters marked as such, a checked image size and one score per image.
+    """Anomalib's EfficientAD for any precision, with frozen parameters marked, a checked image size, a score per image.
 
     Arguments are those of Anomalib's model. Images are RGB in [0, 1]; the networks normalise them themselves.
 
@@ -32,6 +118,11 @@ class DistilledEfficientAdModel(EfficientAdModel):
 
     def __init__(self, *arguments: object, **keywords: object) -> None:
         super().__init__(*arguments, **keywords)
+        self.teacher = PatchDescriptionNetwork(self.teacher)
+        self.student = PatchDescriptionNetwork(self.student)
+        self.ae = AutoEncoder(self.ae)
+        self.mean_std = Float32ParameterDict(self.mean_std)
+        self.quantiles = Float32ParameterDict(self.quantiles)
         # Without gradients they must not wait for any: training in several processes would stop.
         for frozen in (self.teacher, self.mean_std, self.quantiles):
             frozen.requires_grad_(requires_grad=False)
@@ -61,7 +152,7 @@ class DistilledEfficientAdModel(EfficientAdModel):
 
         Returns:
             In training mode the losses of student and teacher, of the autoencoder, and of student and autoencoder; in
-            eval mode the anomaly map (B, 1, H, W) and the image score (B,).
+            eval mode the anomaly map (B, 1, H, W) and the image score (B,), in float32 whatever the precision.
 
         Raises:
             ValueError: If the networks cannot take images of this size.

@@ -38,8 +38,14 @@ def flops(network: nn.Module, images: torch.Tensor) -> int:
         >>> flops(nn.Linear(3, 2), torch.ones(1, 3))
         12
     """
-    with FlopCounterMode(display=False) as counter:
-        network(images)
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # an operator that the counter does not know
+    try:
+        # Not in inference mode: where a layer gets a parameter as its input, as FastFlow's do, the counter fails there.
+        with torch.inference_mode(mode=False), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(images)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_attention)
     return counter.get_total_flops()
 
 

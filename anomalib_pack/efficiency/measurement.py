@@ -13,7 +13,9 @@ from anomalib_pack.efficiency.environment import environment
 from anomalib_pack.efficiency.memory import bank_size, peak_mib, reset_peak
 from anomalib_pack.efficiency.models import build
 from anomalib_pack.efficiency.settings import Entry, Settings
-from anomalib_pack.efficiency.timing import inference, latency, pass_times, throughput
+from anomalib_pack.efficiency.timing import inference, latency, networks_alone, pass_times, throughput
+
+PASSES = {"prediction": inference, "networks": networks_alone}  # by protocol
 
 
 def measure_or_error(entry: Entry, settings: Settings) -> dict[str, Any]:
@@ -29,16 +31,19 @@ def measure(entry: Entry, settings: Settings) -> dict[str, Any]:
     """Measure a model in this process.
 
     The network is measured as `predict` runs it, without the pre-processor before and the post-processor behind it:
-    from the image tensor of its input size to the anomaly map.
+    from the image tensor of its input size to the anomaly map, or, by protocol, to what the map is computed from.
 
     Returns:
         A row of the results; its keys are the columns that docs/efficiency.md explains.
 
     Raises:
-        ValueError: If the size of the model's images is unknown.
+        ValueError: If the size of the model's images is unknown, or the protocol is not for models with a memory bank.
     """
     device = torch.device(settings.device)
     model, bank = build(entry, settings.device)
+    if bank and settings.protocol == "networks":
+        msg = f"{entry.name} has a memory bank, and in training keeps the features of each pass: not by `networks`."
+        raise ValueError(msg)
     size = entry.image_size or model.input_size
     if size is None:
         msg = f"the pre-processor of {entry.name} does not resize images: give an image_size."
@@ -52,23 +57,43 @@ def measure(entry: Entry, settings: Settings) -> dict[str, Any]:
         return torch.rand(batch_size, 3, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
 
     def times(batch_size: int) -> np.ndarray:
-        one_pass = inference(network, images(batch_size), device)
-        label = f"{entry.name}, batch {batch_size}"
-        return pass_times(one_pass, device, warmup=settings.warmup, passes=settings.passes, label=label)
+        one_pass = PASSES[settings.protocol](network, images(batch_size), device)
+        runs = [
+            pass_times(
+                one_pass,
+                device,
+                warmup=settings.warmup,
+                passes=settings.passes,
+                label=f"{entry.name}, batch {batch_size}, run {run} of {settings.runs}",
+            )
+            for run in range(1, settings.runs + 1)
+        ]
+        return np.stack(runs)
 
+    row: dict[str, Any] = {}
     with torch.inference_mode():  # as Anomalib predicts; the model is built outside, where tensors have versions
-        reset_peak(device)
-        row = latency(times(1))
-        row["peak_memory_mib"] = peak_mib(device)  # before larger batches raise it
-        for batch_size in settings.batch_sizes:
-            row[f"throughput_{batch_size}"] = throughput(times(batch_size), batch_size)
+        for batch_size in sorted({1, *settings.batch_sizes}):  # memory that a larger one leaves behind counts for none
+            reset_peak(device)
+            measured = times(batch_size)
+            memory = peak_mib(device)
+            if batch_size == 1:
+                row |= {**latency(measured), "peak_memory_mib": memory}
+            if batch_size in settings.batch_sizes:
+                mean, std = throughput(measured, batch_size)
+                row |= {
+                    f"throughput_{batch_size}": mean,
+                    f"throughput_std_{batch_size}": std,
+                    f"peak_memory_mib_{batch_size}": memory,
+                }
         row["flops"] = flops(network, images(1).to(device))
         row["flops_profiler"] = profiler_flops(network, images(1).to(device))
     return {
         "image_size": f"{size[0]} x {size[1]}",
         "precision": entry.precision,
+        "protocol": settings.protocol,
         "warmup": settings.warmup,
         "passes": settings.passes,
+        "runs": settings.runs,
         **row,
         "parameters": parameter_count(network),
         **bank_size(network, bank),

@@ -5,6 +5,7 @@ A row is a dictionary with `model` and either what ``measurement.measure`` retur
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -14,7 +15,7 @@ from rich.table import Table
 
 Row = dict[str, Any]
 
-ABOUT_RUN = ("device", "device_name", "threads", "warmup", "passes")
+ABOUT_RUN = ("device", "device_name", "threads", "protocol", "warmup", "passes", "runs")
 ERROR_WIDTH = 160
 VERSIONS = ("anomalib_pack", "anomalib", "torch", "timm", "faiss", "cuda", "python")
 
@@ -38,7 +39,8 @@ def write_markdown(rows: list[Row], path: Path, metric: str) -> None:
     header = ["Model", "Input", "Precision"]
     header += [metric] if any(metric in row for row in rows) else []
     header += ["Latency [ms]", "median", "95 %", *(f"Throughput [img / s], batch {batch}" for batch in batches)]
-    header += ["Parameters [x 10^6]", "FLOPs [x 10^9]", "by profiler", "Memory [MiB]", "Bank", "Bank [MiB]"]
+    header += ["Parameters [x 10^6]", "FLOPs [x 10^9]", "by profiler"]
+    header += ["Memory [MiB]", *(f"batch {batch}" for batch in batches), "Bank", "Bank [MiB]"]
     lines = ["# Efficiency", "", *_about(measured), "", _line(header), "|---|" + "---:|" * (len(header) - 1)]
     for row in rows:
         cells = _failed(row, header) if "error" in row else _cells(row, header, batches, metric)
@@ -82,12 +84,14 @@ def _cells(row: Row, header: list[str], batches: list[int], metric: str) -> list
         row["image_size"],
         row["precision"],
         *accuracy,
-        *(_number(row[key]) for key in ("latency_mean_ms", "latency_median_ms", "latency_p95_ms")),
-        *(_number(row[f"throughput_{batch}"]) for batch in batches),
+        _with_deviation(row["latency_mean_ms"], row["latency_std_ms"]),
+        *(_number(row[key]) for key in ("latency_median_ms", "latency_p95_ms")),
+        *(_with_deviation(row[f"throughput_{batch}"], row[f"throughput_std_{batch}"]) for batch in batches),
         _parameters(row),
         _number(row["flops"] / 1e9),
         _number(row["flops_profiler"] / 1e9),
         _number(row["peak_memory_mib"]),
+        *(_number(row[f"peak_memory_mib_{batch}"]) for batch in batches),
         row["bank"],
         _number(row["bank_mib"]) if row["bank"] else "",
     ]
@@ -107,14 +111,19 @@ def _about(measured: list[Row]) -> list[str]:
 
 
 def _batches(rows: list[Row]) -> list[int]:
-    keys = dict.fromkeys(key for row in rows for key in row if key.startswith("throughput_"))
-    return [int(key.removeprefix("throughput_")) for key in keys]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [int(match[1]) for key in keys if (match := re.fullmatch(r"throughput_(\d+)", key))]
 
 
 def _parameters(row: Row) -> str:
     # As the paper's "83 + 3" for PatchCore: network, and values in the bank.
     bank = f" + {_number(row['bank_values'] / 1e6)}" if row["bank"] else ""
     return _number(row["parameters"] / 1e6) + bank
+
+
+def _with_deviation(mean: float, std: float | None) -> str:
+    # As the paper's "2.2 (± 0.01)".
+    return _number(mean) if std is None else f"{_number(mean)} (± {_number(std)})"
 
 
 def _number(value: float | None) -> str:

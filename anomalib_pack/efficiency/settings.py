@@ -13,6 +13,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from anomalib_pack.checks import check_keys
 
 Precision = Literal["float32", "float16", "bfloat16"]
+Protocol = Literal["prediction", "networks"]
 
 # Sec. 5: PatchCore is measured on VisA's cashew, which has 450 training images.
 DEFAULT_DATA = {
@@ -28,12 +29,17 @@ class Settings:
     Args:
         models: Each with `class_path` and `init_args` as in `anomalib benchmark`, and optionally `ckpt_path` (a trained
             checkpoint), `name` (in the tables), `image_size` ([height, width] in pixels, if not the model's own),
-            `precision` and `data` (in place of those below).
+            `precision` and `data` (in place of those below), and `may_fail` (then its failure is a row of the tables,
+            but not one of the command).
         device: `cpu`, `cuda` or `cuda:N`.
         precision: Type of the network's weights and of the images.
-        warmup: Passes before the timed ones, for each batch size.
-        passes: Timed passes, for each batch size.
-        batch_sizes: Batch sizes whose throughput is measured. Latency and memory are those of batch size 1.
+        protocol: What a pass is. `prediction`: from before the copy of the images to the device until the anomaly maps
+            are on the CPU (EfficientAD). `networks`: from images on the device to what the maps are computed from, as
+            the networks give it to their loss, without the maps and without copies (MiniMaxAD's frames per second).
+        warmup: Passes before the timed ones, for each run and batch size.
+        passes: Timed passes, for each run and batch size.
+        runs: How often warm-up and timed passes are repeated; the tables have mean and standard deviation over runs.
+        batch_sizes: Batch sizes whose throughput and memory are measured. The latency is that of batch size 1.
         data: Datamodule that models with a memory bank are fitted on, with `class_path` and `init_args`. By default
             450 images of `SyntheticLoco`, rendered at the first use: the paper's PatchCore is fitted on 450.
         results: CSV file with a column `model` or `model.class_path`, as `anomalib benchmark` writes it: a plot of
@@ -44,8 +50,10 @@ class Settings:
     models: list[dict[str, Any]]
     device: str = "cpu"
     precision: Precision = "float32"
+    protocol: Protocol = "prediction"
     warmup: NonNegativeInt = 1000
     passes: PositiveInt = 1000
+    runs: PositiveInt = 5
     batch_sizes: list[PositiveInt] = field(default_factory=lambda: [16])
     data: dict[str, Any] | None = None  # a default with a class_path would be jsonargparse's to interpret
     results: Path | None = None
@@ -63,6 +71,7 @@ class Entry:
     init_args: dict[str, Any] = field(default_factory=dict)
     ckpt_path: str | None = None
     image_size: Sequence[int] | None = None
+    may_fail: bool = False
 
 
 def entries(settings: Settings) -> list[Entry]:

@@ -1,4 +1,4 @@
-"""Timed passes: latency and throughput (EfficientAD supplement, Sec. 5)."""
+"""Timed passes: latency and throughput (EfficientAD supplement, Sec. 5; MiniMaxAD, Table 6)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from anomalib.data import InferenceBatch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -32,6 +33,41 @@ def inference(network: nn.Module, images: torch.Tensor, device: torch.device) ->
     return one_pass
 
 
+def networks_alone(network: nn.Module, images: torch.Tensor, device: torch.device) -> Callable[[], object]:
+    """Make a pass without copies and without maps: from images on the device to what the network gives to its loss.
+
+    Args:
+        network: On the device, in eval mode. Asked for training, it returns what its loss takes; its layers stay in
+            eval mode.
+        images: (B, 3, H, W).
+        device: The network's.
+
+    Returns:
+        A function without arguments. It returns what the network returns.
+
+    Raises:
+        ValueError: If the network returns a finished prediction, or cannot do without more than the images.
+    """
+    images = images.to(device)
+
+    def one_pass() -> object:
+        network.training = True  # this flag alone: not that of the layers
+        try:
+            return network(images)
+        finally:
+            network.training = False
+
+    try:
+        finished = isinstance(one_pass(), InferenceBatch)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        msg = f"the networks do not run alone, without anomaly maps: {error}"
+        raise ValueError(msg) from error
+    if finished:
+        msg = "the networks do not run alone: what they return in training has anomaly maps too."
+        raise ValueError(msg)
+    return one_pass
+
+
 def pass_times(
     one_pass: Callable[[], object], device: torch.device, *, warmup: int, passes: int, label: str
 ) -> np.ndarray:
@@ -52,28 +88,41 @@ def pass_times(
     return np.array(times[warmup:])
 
 
-def latency(times: np.ndarray) -> dict[str, float]:
-    """Mean, median and 95th percentile in milliseconds of passes (N,) in seconds.
+def latency(times: np.ndarray) -> dict[str, float | None]:
+    """Latency in milliseconds of R runs of N passes, (R, N) in seconds.
+
+    Returns:
+        Mean and standard deviation of the runs' means, median and 95th percentile of all passes.
 
     Example:
-        >>> latency(np.array([0.001, 0.002, 0.006]))
-        {'latency_mean_ms': 3.0, 'latency_median_ms': 2.0, 'latency_p95_ms': 5.6}
+        >>> latency(np.array([[0.001, 0.002, 0.006], [0.003, 0.004, 0.005]]))["latency_mean_ms"]
+        3.5
     """
+    mean, std = mean_and_std(1000 * times.mean(axis=1), digits=4)
     return {
-        "latency_mean_ms": round(1000 * float(times.mean()), 4),
+        "latency_mean_ms": mean,
+        "latency_std_ms": std,
         "latency_median_ms": round(1000 * float(np.median(times)), 4),
         "latency_p95_ms": round(1000 * float(np.percentile(times, 95)), 4),
     }
 
 
-def throughput(times: np.ndarray, batch_size: int) -> float:
-    """Images per second: N passes times the batch size, by the sum of their seconds (N,).
+def throughput(times: np.ndarray, batch_size: int) -> tuple[float, float | None]:
+    """Images per second of R runs: N passes times the batch size, by the sum of their seconds (R, N).
+
+    Returns:
+        Mean and standard deviation over the runs.
 
     Example:
-        >>> throughput(np.array([0.5, 1.5]), batch_size=16)
-        16.0
+        >>> throughput(np.array([[0.5, 1.5], [1.0, 3.0]]), batch_size=16)
+        (12.0, 5.657)
     """
-    return round(len(times) * batch_size / float(times.sum()), 3)
+    return mean_and_std(times.shape[1] * batch_size / times.sum(axis=1), digits=3)
+
+
+def mean_and_std(runs: np.ndarray, digits: int) -> tuple[float, float | None]:
+    """Mean and sample standard deviation of a number of each run (R,); a single run has no deviation."""
+    return round(float(runs.mean()), digits), round(float(runs.std(ddof=1)), digits) if len(runs) > 1 else None
 
 
 def _cpu_seconds(one_pass: Callable[[], object]) -> float:

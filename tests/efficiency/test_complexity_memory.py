@@ -34,6 +34,22 @@ def test_flops(batch_size: int) -> None:
         assert flops(hand_counted(), torch.rand(batch_size, 2, 8, 8)) == batch_size * (CONV + TRANSPOSED + LINEAR)
 
 
+def test_flops_of_a_layer_whose_input_is_a_parameter() -> None:
+    """As FastFlow's have; PyTorch's counter fails at it in inference mode, in which models are measured."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.softplus, self.linear = nn.Parameter(torch.ones(1)), nn.Softplus(), nn.Linear(3, 2)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.softplus(self.scale) * self.linear(images)
+
+    scaled = Scaled()
+    with torch.inference_mode():
+        assert flops(scaled, torch.ones(1, 3)) == 12
+
+
 def test_profiler_skips_transposed_convolutions(capfd: pytest.CaptureFixture[str]) -> None:
     with torch.inference_mode():
         assert profiler_flops(hand_counted(), torch.rand(1, 2, 8, 8)) == CONV + LINEAR
@@ -49,6 +65,9 @@ def test_flops_of_attention() -> None:
 
     projections, products = 4 * 2 * tokens * dim * dim, 2 * 2 * tokens * tokens * dim
     assert flops(attend, torch.rand(1, tokens, dim)) == projections + products
+    with torch.inference_mode():  # where PyTorch would take a faster way, of operators unknown to its counter
+        assert flops(attend, torch.rand(1, tokens, dim)) == projections + products
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.parametrize(

@@ -28,14 +28,14 @@ def write(folder: Path, **values) -> Path:
 
 
 def test_command(tmp_path: Path) -> None:
-    config = write(tmp_path, models=[UNIAD], warmup=0, passes=5, batch_sizes=[2])
+    config = write(tmp_path, models=[UNIAD], warmup=0, passes=5, runs=2, batch_sizes=[2])
     (tmp_path / "accuracy.csv").write_text("model,image_AUROC\nUniad,0.97\n")
     command = [sys.executable, "-m", "anomalib.cli.cli", "efficiency", "--config", config, "--passes", "2"]
     command += ["--results", "accuracy.csv"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "[1/1] Uniad" in result.stdout
-    assert "Uniad, batch 2" in result.stderr  # the progress of the passes
+    assert "Uniad, batch 2, run 2 of 2" in result.stderr  # the progress of the passes
     (folder,) = (tmp_path / "runs" / "efficiency").iterdir()
     assert {path.name for path in folder.iterdir()} == {"results.csv", "results.md", "latency_accuracy.png"}
     table = pd.read_csv(folder / "results.csv", index_col="model")
@@ -52,8 +52,9 @@ def test_failing_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipeline, "in_own_process", in_this_process)
     models = [{"class_path": "NoSuchModel"}, UNIAD | {"name": "Killed"}, UNIAD]
+    config = write(tmp_path, models=models, warmup=0, passes=1, runs=1, batch_sizes=[])
     with pytest.raises(SystemExit) as stop:
-        AnomalibCLI(["efficiency", "--config", str(write(tmp_path, models=models, warmup=0, passes=1, batch_sizes=[]))])
+        AnomalibCLI(["efficiency", "--config", str(config)])
     assert stop.value.code == 1
     shown = capsys.readouterr().out
     assert "NoSuchModel failed: UnknownModelError" in shown
@@ -65,12 +66,27 @@ def test_failing_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "Traceback" in (folder / "errors.log").read_text()
 
 
+def test_a_model_that_may_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has its row, and the command ends well."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "in_own_process", lambda function, *arguments: function(*arguments))
+    config = write(tmp_path, models=[{"class_path": "NoSuchModel", "may_fail": True}])
+    AnomalibCLI(["efficiency", "--config", str(config)])
+    assert "NoSuchModel failed: UnknownModelError" in capsys.readouterr().out
+    (folder,) = (tmp_path / "runs" / "efficiency").iterdir()
+    assert "NoSuchModel | failed: UnknownModelError" in (folder / "results.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"models": [UNIAD], "batchsizes": [1]}, "batchsizes"),
         ({"models": [UNIAD], "passes": 0}, "passes"),
+        ({"models": [UNIAD], "runs": 0}, "runs"),
         ({"models": [UNIAD], "precision": "int8"}, "precision"),
+        ({"models": [UNIAD], "protocol": "maps"}, "protocol"),
         ({"passes": 5}, "models"),
         ({"models": [UNIAD | {"cpkt_path": "x"}]}, "cpkt_path"),
         ({"models": [UNIAD], "results": "missing.csv"}, "missing.csv"),
@@ -97,8 +113,8 @@ def test_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
         AnomalibCLI(["efficiency", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for option in ("--models", "--device", "--precision", "--warmup", "--passes", "--batch_sizes", "--data"):
-        assert option in text
+    for option in ("models", "device", "precision", "protocol", "warmup", "passes", "runs", "batch_sizes", "data"):
+        assert f"--{option}" in text
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -12,6 +12,7 @@ from tiny_model import TinyModel, TinyNet
 from anomalib_pack.efficiency import models
 from anomalib_pack.efficiency.measurement import measure, measure_or_error
 from anomalib_pack.efficiency.settings import Entry, Settings
+from anomalib_pack.efficiency.timing import networks_alone
 
 TINY_PATCHCORE = {"backbone": "resnet18", "layers": ["layer2"], "pre_trained": False, "coreset_sampling_ratio": 0.25}
 
@@ -26,7 +27,7 @@ def entry(class_path: str = "TinyModel", **values) -> Entry:
 
 
 def settings(**values) -> Settings:
-    return Settings(**{"models": [], "warmup": 1, "passes": 2, "batch_sizes": [2, 3]} | values)
+    return Settings(**{"models": [], "warmup": 1, "passes": 2, "runs": 2, "batch_sizes": [3, 2]} | values)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
@@ -37,9 +38,13 @@ def test_row(precision: str) -> None:
     assert row["parameters"] == (3 * 4 * 16 + 4) + (4 * 3 * 16 + 3)
     assert row["flops"] == 2 * 2 * (3 * 4 * 16) * 64  # convolution and transposed convolution on 8 x 8
     assert (row["bank"], row["bank_values"]) == ("", 0)
-    for key in ("latency_mean_ms", "latency_median_ms", "latency_p95_ms", "throughput_2", "throughput_3"):
+    for key in ("latency_mean_ms", "latency_std_ms", "latency_median_ms", "latency_p95_ms"):
         assert row[key] > 0, key
-    assert 50 < row["peak_memory_mib"] < 20_000
+    for batch in (2, 3):
+        assert row[f"throughput_{batch}"] > 0
+        assert row[f"throughput_std_{batch}"] > 0
+    for key in ("peak_memory_mib", "peak_memory_mib_2", "peak_memory_mib_3"):
+        assert 50 < row[key] < 20_000
     assert row["device_name"]
     assert row["threads"] == torch.get_num_threads()
     assert row["torch"] == torch.__version__.split("+")[0]
@@ -54,7 +59,64 @@ def test_network_and_images_have_the_precision(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(TinyNet, "forward", forward)
     measure(entry(precision="bfloat16"), settings())
-    assert seen == {(torch.bfloat16, torch.bfloat16, False, True)}
+    timed, counted = True, False  # in inference mode, or not
+    assert seen == {(torch.bfloat16, torch.bfloat16, False, mode) for mode in (timed, counted)}
+
+
+def test_passes_of_each_run_and_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warm-up and timed passes in each run; batch size 1 once, and no batch size after a larger one."""
+    sizes, original = [], TinyNet.forward
+
+    def forward(self, images):
+        sizes.append(len(images))
+        return original(self, images)
+
+    monkeypatch.setattr(TinyNet, "forward", forward)
+    measure(entry(), settings(runs=3, batch_sizes=[8, 1]))
+    assert sizes == 3 * (1 + 2) * [1] + 3 * (1 + 2) * [8] + [1, 1]  # the last two are counted
+
+
+def test_memory_of_each_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large batch takes more than a small one, and each its own peak."""
+    original = TinyNet.forward
+
+    def forward(self, images):
+        torch.ones(len(images), 2**24)  # 64 MiB for each image
+        return original(self, images)
+
+    monkeypatch.setattr(TinyNet, "forward", forward)
+    row = measure(entry(), settings(runs=1, batch_sizes=[4, 2]))
+    assert row["peak_memory_mib_2"] - row["peak_memory_mib"] == pytest.approx(64, abs=30)
+    assert row["peak_memory_mib_4"] - row["peak_memory_mib"] == pytest.approx(192, abs=30)
+
+
+def test_networks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, original = set(), TinyNet.forward
+
+    def forward(self, images):
+        seen.add((self.training, self.encode.training))
+        return original(self, images)
+
+    monkeypatch.setattr(TinyNet, "forward", forward)
+    row = measure(entry(), settings(protocol="networks"))
+    assert seen == {(True, False), (False, False)}  # passes, and what is counted
+    assert row["protocol"] == "networks"
+    assert row["throughput_2"] > 0
+
+
+@pytest.mark.parametrize("name", ["MiniMaxAd", "Uniad", "ReverseDistillation"])
+def test_networks_alone_are_what_table_6_times(name: str) -> None:
+    """Features and their reconstruction, of layers in eval mode: the map follows from them."""
+    small = {
+        "MiniMaxAd": {"encoder": "timm:resnet18", "weights": None},
+        "Uniad": {"backbone": "resnet18", "layers": ["layer1", "layer2"], "weights": None, "hidden_dim": 32},
+        "ReverseDistillation": {"backbone": "resnet18", "pre_trained": False},
+    }[name]
+    network = models.build(entry(name, init_args=small), "cpu")[0].model.eval()
+    with torch.inference_mode():
+        encoded, decoded = networks_alone(network, torch.rand(1, 3, 256, 256), torch.device("cpu"))()
+    pairs = [(encoded, decoded)] if isinstance(encoded, torch.Tensor) else list(zip(encoded, decoded, strict=True))
+    assert all(theirs.shape == ours.shape for theirs, ours in pairs)
 
 
 def test_image_size() -> None:
@@ -68,6 +130,13 @@ def test_unknown_image_size() -> None:
     row = measure_or_error(entry(init_args={"pre_processor": pre_processor}), settings())
     assert row["error"] == "ValueError: the pre-processor of tiny does not resize images: give an image_size."
     assert "Traceback" in row["traceback"]
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_networks_that_cannot_run_in_half_precision(precision: str) -> None:
+    """Anomalib's EfficientAd; if this fails, it can, and docs/efficiency.md and the configurations say otherwise."""
+    row = measure_or_error(entry("EfficientAd", precision=precision), settings())
+    assert row["error"].startswith("RuntimeError: Input type (float) and bias type (")
 
 
 def test_failure_is_one_line() -> None:
@@ -85,6 +154,8 @@ def test_fitted_bank(loco_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     patchcore = entry("Patchcore", init_args=TINY_PATCHCORE, image_size=[64, 64], data=data)
     row = measure(patchcore, settings(batch_sizes=[]))
+    refused = measure_or_error(patchcore, settings(protocol="networks"))["error"]
+    assert refused.startswith("ValueError: tiny has a memory bank")
     kept = 13 * 8 * 8 // 4  # images, locations, sampling ratio
     assert row["bank"] == f"{kept} x 128"
     assert row["bank_values"] == kept * 128

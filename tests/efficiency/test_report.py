@@ -14,13 +14,20 @@ from anomalib_pack.efficiency.settings import DEFAULT_DATA, Settings, entries
 MEASURED = {
     "image_size": "256 x 256",
     "precision": "float16",
+    "protocol": "prediction",
     "warmup": 1000,
     "passes": 1000,
+    "runs": 5,
     "latency_mean_ms": 2.2345,
+    "latency_std_ms": 0.0123,
     "latency_median_ms": 2.1,
     "latency_p95_ms": 12.34,
     "throughput_1": 450.0,
+    "throughput_std_1": None,
+    "peak_memory_mib_1": 1077.1,
     "throughput_16": 614.2,
+    "throughput_std_16": 2.04,
+    "peak_memory_mib_16": 1234.5,
     "parameters": 83_000_000,
     "flops": 41_200_000_000,
     "flops_profiler": 40_100_000_000,
@@ -65,11 +72,13 @@ def test_markdown(tmp_path: Path) -> None:
     columns = {line.replace("\\|", "").count("|") for line in lines}
     assert len(columns) == 1
     assert "Throughput [img / s], batch 1 | Throughput [img / s], batch 16 |" in lines[0]
-    assert "| 0.954 | 2.23 | 2.10 | 12.3 | 450 | 614 | 83.0 | 41.2 | 40.1 | 1077 |  |  |" in lines[2]
+    assert "| Memory [MiB] | batch 1 | batch 16 | Bank |" in lines[0]
+    speed = "| 0.954 | 2.23 (± 0.0123) | 2.10 | 12.3 | 450 | 614 (± 2.04) |"
+    assert f"{speed} 83.0 | 41.2 | 40.1 | 1077 | 1077 | 1234 |  |  |" in lines[2]
     assert lines[3].startswith("| Broken | failed: RuntimeError: a \\| b")
     assert "| 83.0 + 3.61 |" in lines[4]  # as the paper writes PatchCore's
     assert "| 3528 x 1024 | 13.8 |" in lines[4]
-    assert "device name: a CPU, threads: 2, warmup: 1000, passes: 1000." in text
+    assert "device name: a CPU, threads: 2, protocol: prediction, warmup: 1000, passes: 1000, runs: 5." in text
     assert "torch 2.15.0" in text
 
 

@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from anomalib.models.image.efficient_ad import torch_model
-from thin_network import ThinPatchDescriptionNetwork
+from thin_network import ThinAutoEncoder, ThinMediumPatchDescriptionNetwork, ThinPatchDescriptionNetwork
 
 
 @pytest.fixture
 def thin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Anomalib's EfficientAD of size small, with thin networks."""
+    """Anomalib's EfficientAD of both sizes, with thin networks."""
     monkeypatch.setattr(torch_model, "SmallPatchDescriptionNetwork", ThinPatchDescriptionNetwork)
+    monkeypatch.setattr(torch_model, "MediumPatchDescriptionNetwork", ThinMediumPatchDescriptionNetwork)
+    monkeypatch.setattr(torch_model, "AutoEncoder", ThinAutoEncoder)
 
 
 @pytest.fixture

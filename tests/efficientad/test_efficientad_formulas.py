@@ -107,12 +107,25 @@ def test_features_of_a_backbone() -> None:
     np.testing.assert_allclose(ours[0], expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_size_of_the_default_features() -> None:
-    """Sec. 1.2: 3 x 512 x 512 to 384 x 64 x 64."""
+@pytest.mark.parametrize(
+    ("backbone", "layers", "channels"),
+    [
+        ("wide_resnet101_2", ["layer2", "layer3"], [512, 1024]),
+        ("resnext101_32x8d.tv_in1k", ["layer2", "layer3"], [512, 1024]),
+        ("densenet201.tv_in1k", ["features.denseblock2", "features.denseblock3"], [512, 1792]),
+    ],
+)
+def test_backbones_of_table_4(backbone: str, layers: list[str], channels: list[int]) -> None:
+    """Each gives the teacher what it learns (Sec. 1.2): 3 x 512 x 512 to 384 x 64 x 64."""
     with torch.device("meta"):
-        features = PatchFeatures("wide_resnet101_2", ["layer2", "layer3"], weights=None)
+        module = TeacherDistillation(backbone=backbone, layers=layers, weights=None)
+    features = module.features
+    assert features.backbone.channels == channels
     assert features.stride == 8
-    assert features(torch.empty(1, 3, 512, 512, device="meta")).shape == (1, 384, 64, 64)
+    assert features.backbone.network.pretrained_cfg["tag"] == "tv_in1k"  # torchvision's
+    target = features(torch.empty(1, 3, 512, 512, device="meta"))
+    assert target.shape == (1, 384, 64, 64)
+    assert module.teacher(torch.empty(1, 3, 256, 256, device="meta")).shape == target.shape
 
 
 def test_layers_from_coarse_to_fine() -> None:
