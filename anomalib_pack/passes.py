@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 from torchmetrics.utilities.distributed import gather_all_tensors
 from tqdm.auto import tqdm
 
-from .checks import naming_unreadable_images
+from .checks import naming_unreadable_images, warn_of_constant
 
 Measures = TypeVar("Measures", bound=NamedTuple)
 
@@ -48,13 +48,18 @@ def one_pass(module: AnomalibModule, loader: DataLoader, description: str) -> It
     batches = DataLoader(
         share, batch_size=loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn
     )
+    constant = []
     with naming_unreadable_images(loader.dataset):
         for batch in tqdm(batches, desc=description, disable=hides_progress(trainer)):
+            low, high = batch.image.flatten(2).aminmax(dim=2)  # (B, 3)
+            constant += [path for path, equal in zip(batch.image_path, (low == high).all(dim=1), strict=True) if equal]
             on_device = trainer.strategy.batch_to_device(batch, module.device)
             if module.pre_processor:
                 on_device.image = module.pre_processor.transform(on_device.image)
             on_device.image = trainer.precision_plugin.convert_input(on_device.image)
             yield on_device
+    if loader is trainer.train_dataloader:
+        warn_of_constant(constant)
 
 
 def hides_progress(trainer: Trainer) -> bool:
