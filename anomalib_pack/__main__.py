@@ -21,9 +21,11 @@ def main() -> int:
         Exit status: 1 if Anomalib or a plugin could not be loaded or the data set has an error, else 0.
     """
     if sys.argv[1:2] == ["check"]:
-        from anomalib_pack.data_check.command import main as check  # noqa: PLC0415  # the table works without Anomalib
+        from anomalib_pack.data_check.command import run  # noqa: PLC0415  # the table works without Anomalib
 
-        return check(sys.argv[2:])
+        text, errors = run(sys.argv[2:])
+        print(text)
+        return int(errors > 0)
     parser = argparse.ArgumentParser(prog="python -m anomalib_pack", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     as_json = parser.parse_args().json

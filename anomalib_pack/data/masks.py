@@ -71,17 +71,22 @@ def check_size(path: str | Path, mask_size: Sequence[int], image_path: str, size
     Raises:
         ValueError: If it has not; where turning one of them would help, the message says so.
     """
-    if tuple(mask_size) != tuple(size):
-        turned = (
-            " One fits the other when turned by 90 degrees: perhaps a program applied an EXIF orientation to one only."
-            if tuple(mask_size) == tuple(size)[::-1]
-            else ""
+    message = size_message(path, mask_size, image_path, size)
+    if message:
+        raise ValueError(message)
+
+
+def size_message(path: str | Path, mask_size: Sequence[int], image_path: str, size: Sequence[int]) -> str | None:
+    """What is wrong with the size of a mask, if it is not that of its image."""
+    mask_size, size = tuple(mask_size), tuple(size)
+    if mask_size == size:
+        return None
+    message = f"The mask {path} has size {mask_size} (height, width), its image {image_path} has {size}."
+    if mask_size == size[::-1]:
+        message += (
+            " One fits the other when turned by 90 degrees: perhaps a program applied an EXIF orientation to one."
         )
-        msg = (
-            f"The mask {path} has size {tuple(mask_size)} (height, width), its image {image_path} has {tuple(size)}."
-            f"{turned}"
-        )
-        raise ValueError(msg)
+    return message
 
 
 def empty_message(paths: Sequence[str | Path], image_path: str) -> str:

@@ -16,20 +16,11 @@ from .listing import list_images
 from .report import as_text
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Read a data set once, and print what is in it and what is wrong.
-
-    Args:
-        arguments: Those of the command; None for those that Python was started with.
-
-    Returns:
-        Exit status: 1 if there is an error, else 0.
-    """
+def run(arguments: Sequence[str]) -> tuple[str, int]:
+    """Read the data set that is described by the arguments of the command; see :func:`check`."""
     parser = ArgumentParser(prog="python -m anomalib_pack check", description="Read a data set once before a training.")
     parser.add_subclass_arguments(AnomalibDataModule, "data", required=True)
-    text, errors = check(parser.instantiate_classes(parser.parse_args(arguments)).data)
-    print(text)
-    return int(errors > 0)
+    return check(parser.instantiate_classes(parser.parse_args(arguments)).data)
 
 
 def check(datamodule: AnomalibDataModule) -> tuple[str, int]:

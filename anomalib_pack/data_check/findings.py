@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from anomalib_pack.data.image_files import left_out
-from anomalib_pack.data.masks import MAX_VALUES, check_size, empty_message
+from anomalib_pack.data.masks import MAX_VALUES, empty_message, size_message
 
 from .facts import Facts
 from .listing import Listed
@@ -55,12 +55,10 @@ def _mask_errors(image: Listed, facts: Mapping[str, Facts], masks: Mapping[str, 
     if image.lacks_mask:
         yield f"The anomalous image {image.path} has no mask, but others have."
     known = {str(path): masks[str(path)] for path in image.masks if masks[str(path)].header}
-    for path, found in known.items():
-        try:
-            if facts[image.path].header:
-                check_size(path, found.header.size, image.path, facts[image.path].header.size)
-        except ValueError as error:
-            yield str(error)
+    if facts[image.path].header:
+        size = facts[image.path].header.size
+        messages = [size_message(path, found.header.size, image.path, size) for path, found in known.items()]
+        yield from filter(None, messages)
     if known and len(known) == len(image.masks) and all(found.is_empty for found in known.values()):
         yield empty_message(list(known), image.path)
 
@@ -76,12 +74,9 @@ def _copies(images: Sequence[Listed], facts: Mapping[str, Facts]) -> tuple[list[
         first, *others = _unique(equal)
         splits = {image.path: image.split for image in equal}
         train = next((path for path, split in splits.items() if split == "train"), None)
-        for image in equal:
-            if train and image.split == "test":
-                leaks.append(f"The test image {image.path} is the training image {train}. Remove one of them.")
-        copies += [
-            f"{image.path} = {first.path}" for image in others if {image.split, first.split} != {"train", "test"}
-        ]
+        leaked = [path for path, split in splits.items() if train and split == "test"]
+        leaks += [f"The test image {path} is the training image {train}. Remove one of them." for path in leaked]
+        copies += [f"{image.path} = {first.path}" for image in others if image.path not in leaked]
     return leaks, copies
 
 

@@ -22,14 +22,8 @@ def as_text(images: Sequence[Listed], facts: Mapping[str, Facts], findings: Find
         lines.append(f"WARNING  {kind} ({len(found)}): {names(found, 3)}")
     table = aligned([COLUMNS, *_rows(images, facts)]) if images else []
     files = {image.path for image in images} | {str(path) for image in images for path in image.masks}
-    summary = (
-        f"{len(files)} files, {_counted(findings.errors, 'error')}, {_counted(findings.warnings, 'kind')} of warning"
-    )
-    return "\n".join([*lines, *([""] if lines else []), *table, "", summary])
-
-
-def _counted(things: Sequence | Mapping, name: str) -> str:
-    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
+    summary = f"files: {len(files)}, errors: {len(findings.errors)}, warnings: {len(findings.warnings)}"
+    return "\n".join([*lines, *([""] if lines else []), *table, *([""] if table else []), summary])
 
 
 def _rows(images: Sequence[Listed], facts: Mapping[str, Facts]) -> Iterator[tuple[str, ...]]:
