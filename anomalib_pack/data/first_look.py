@@ -58,14 +58,15 @@ def look(datamodule: AnomalibDataModule) -> None:
         ValueError: If a mask has another size than its image or is empty, or Anomalib's reader is to read an image that
             it clips.
     """
-    splits = datasets(datamodule)
-    for dataset in splits.values():
+    deep: dict[str, int] = {}
+    for split, dataset in datasets(datamodule).items():
         for part in leaves(dataset):
             headers = _headers(part)
             _check_masks(part, headers)
             _warn_of_files_left_out(part)
-            if dataset is splits.get("train"):
-                _warn_of_bits(part, headers)
+            if split == "train":
+                deep.update(_bits_above_8(part, headers))
+    _warn_of_bits(deep)
 
 
 def datasets(datamodule: AnomalibDataModule) -> dict[str, AnomalibDataset]:
@@ -162,13 +163,17 @@ def _warn_of_files_left_out(part: AnomalibDataset) -> None:
         rank_zero_warn(f"Images of a kind that is not read are left out, {len(found)} in all: {names(found)}.")
 
 
-def _warn_of_bits(part: AnomalibDataset, headers: dict[str, Header]) -> None:
+def _bits_above_8(part: AnomalibDataset, headers: dict[str, Header]) -> dict[str, int]:
+    """Images that Anomalib reads otherwise, and their bits."""
     has_white = getattr(part, "white_level", None) is not None
-    deep = [path for path, header in headers.items() if header.bits > 8 and (header.clipped or has_white)]
+    return {path: header.bits for path, header in headers.items() if header.bits > 8 and (header.clipped or has_white)}
+
+
+def _warn_of_bits(deep: dict[str, int]) -> None:
     if deep:
+        path, bits = next(iter(deep.items()))
         rank_zero_warn(
-            f"{len(deep)} training images have more than 8 bits per channel, e.g. {deep[0]} with "
-            f"{headers[deep[0]].bits}. The pack's datamodules scale them, and so does PredictImages. Anomalib's own "
-            "prediction from a folder, its inferencers and the pictures it draws clip them: convert images to 8 bits "
-            "before they go there."
+            f"{len(deep)} training images have more than 8 bits per channel, e.g. {path} with {bits}. The pack's "
+            "datamodules scale them, and so does PredictImages. Anomalib's prediction from a folder, its inferencers "
+            "and the pictures it draws clip them: convert images to 8 bits before they go there."
         )

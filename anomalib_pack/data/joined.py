@@ -136,8 +136,8 @@ def _part_samples(category: str, part: AnomalibDataset, links: dict[str, str]) -
 
 def _joint_task(parts: dict[str, AnomalibDataset]) -> TaskType:
     anomalous = {name: part for name, part in parts.items() if part.has_anomalous}
-    without = [name for name, part in anomalous.items() if part.task == TaskType.CLASSIFICATION]
-    if anomalous and not without:
+    without = [name for name, part in (anomalous or parts).items() if part.task == TaskType.CLASSIFICATION]
+    if not without:
         return TaskType.SEGMENTATION
     if len(without) < len(anomalous):
         rank_zero_warn(

@@ -53,14 +53,15 @@ def image_facts(image: Listed) -> Facts:
 def _reading_error(image: Listed, header: Header, data: bytes) -> str | None:
     """What keeps the datamodule from reading an image that can be decoded."""
 
-    def try_it(_path: str) -> None:
+    def facts(_path: str) -> Facts:
         if not image.by_pack:
             check_as_anomalib_reads(header)
         check_upright(header)
         if header.bits > 8:
             decode(data, image.white_level)
+        return Facts()
 
-    return _facts_or_error(lambda path: read(try_it, path) or Facts(), image.path).error
+    return _facts_or_error(facts, image.path).error
 
 
 def mask_facts(path: str) -> Facts:

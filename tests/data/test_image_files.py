@@ -3,20 +3,19 @@
 import warnings
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from anomalib.data import Folder
 from anomalib.data.utils import read_image as read_as_anomalib
 from anomalib.engine import Engine
+from image_folders import folder, turned, write, write_folder, write_goods
 from lightning.pytorch import Callback
 from PIL import Image
 from tiny_model import RawScores, TinyModel
 from torchvision.transforms.v2 import Resize
 
 from anomalib_pack.checks import check_readable
-from anomalib_pack.data import GoodsAD, GoodsADDataset, MultiCategory, MVTecLoco, PredictImages
+from anomalib_pack.data import GoodsADDataset, MultiCategory, MVTecLoco, PredictImages
 from anomalib_pack.data.image_files import left_out, read_header, read_image
 from anomalib_pack.defaults import OneClassDefaults
 
@@ -39,21 +38,6 @@ class Scores(Callback):
 
 class OwnModel(OneClassDefaults, TinyModel):
     """A model of the pack."""
-
-
-def write(path, pixels, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if pixels.dtype == np.uint16 and pixels.ndim == 3:
-        cv2.imwrite(str(path), pixels[..., ::-1])
-    else:
-        Image.fromarray(pixels).save(path, **options)
-    return path
-
-
-def turned(path, pixels, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return write(path, pixels, exif=exif)
 
 
 # --- Reading ---
@@ -143,26 +127,6 @@ def test_other_kinds_of_images_beside_those_that_are_read(tmp_path):
 
 
 # --- The same in training, test and prediction ---
-
-
-def write_folder(root, scale=16, dtype=np.uint16, defects=3):
-    """Noise of 12 bits, with a spot in the anomalous images."""
-    rng = np.random.default_rng(0)
-    for kind, count in (("good", 6), ("bad", defects), ("fine", 3)):
-        for index in range(count):
-            pixels = np.clip(rng.normal(100, 20, (32, 32)), 0, 255)
-            mask = np.zeros((32, 32), np.uint8)
-            if kind == "bad":
-                mask[4:14, 6:14] = 255
-                pixels[mask > 0] = rng.uniform(200, 255)
-                write(root / "masks" / f"{index}.png", mask)
-            write(root / kind / f"{index}.png", (pixels * scale).astype(dtype))
-    return root
-
-
-def folder(root, name="part", **arguments):
-    folders = {"normal_dir": "good", "abnormal_dir": "bad", "normal_test_dir": "fine", "mask_dir": "masks"}
-    return Folder(name, root=root, **({**folders, "num_workers": 0} | arguments))
 
 
 def make_datamodule(root, *, name="part", **arguments):
@@ -264,16 +228,6 @@ def test_masks_are_taken_as_they_are(tmp_path):
     datamodule.setup()
     item = next(item for item in datamodule.test_data if item.image_path.endswith("bad/0.png"))
     np.testing.assert_array_equal(item.gt_mask, mask > 0)
-
-
-def write_goods(root, mask):
-    for kind in ("train/good", "test/good", "test/opened"):
-        for index in range(3):
-            pixels = np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            write(root / "can" / kind / f"{index}.png", pixels)
-            if "opened" in kind:
-                write(root / "can" / "ground_truth" / "opened" / f"{index}.png", mask)
-    return GoodsAD(root, "can", num_workers=0, train_batch_size=2, eval_batch_size=2)
 
 
 def test_masks_with_many_values_are_warned_of(tmp_path, rendered, sizes):
