@@ -118,10 +118,10 @@ def check_readable(paths: Sequence[str]) -> None:
     constant = []
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
         results = tqdm(pool.map(_look_at, paths), desc="Checking images", total=len(paths), leave=False)
-        for path, (message, is_constant) in zip(paths, results, strict=True):
+        for path, (message, of_one_colour) in zip(paths, results, strict=True):
             if message:
                 raise ValueError(message)
-            if is_constant:
+            if of_one_colour:
                 constant.append(path)
     warn_of_constant(constant)
 

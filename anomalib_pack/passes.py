@@ -52,7 +52,8 @@ def one_pass(module: AnomalibModule, loader: DataLoader, description: str) -> It
     with naming_unreadable_images(loader.dataset):
         for batch in tqdm(batches, desc=description, disable=hides_progress(trainer)):
             low, high = batch.image.flatten(2).aminmax(dim=2)  # (B, 3)
-            constant += [path for path, equal in zip(batch.image_path, (low == high).all(dim=1), strict=True) if equal]
+            of_one_colour = (low == high).all(dim=1).nonzero().flatten()
+            constant += [batch.image_path[index] for index in of_one_colour] if batch.image_path else []
             on_device = trainer.strategy.batch_to_device(batch, module.device)
             if module.pre_processor:
                 on_device.image = module.pre_processor.transform(on_device.image)
