@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from anomalib.cli.cli import AnomalibCLI
 from anomalib.data.utils import read_image as read_as_anomalib
 from anomalib.engine import Engine
 from image_folders import folder, turned, write, write_folder, write_goods
@@ -157,6 +158,17 @@ def test_images_of_16_bits_score_alike_in_test_and_prediction(tmp_path):
         engine.predict(model, dataset=PredictImages(root / kind, white_level=4095))
     assert len(set(scores.test.values())) == 6
     assert scores.predict == pytest.approx(scores.test, rel=1e-5)
+
+
+def test_predict_command(tmp_path, monkeypatch):
+    """A folder goes through Anomalib's reader, `PredictImages` through the pack's."""
+    root = write_folder(tmp_path / "photos") / "fine"
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", "Uniad", "--model.weights", "null", "--model.backbone", "tf_efficientnet_lite0"]
+    command = ["predict", *model, "--model.visualizer", "false", "--trainer.accelerator", "cpu"]
+    AnomalibCLI(args=[*command, "--data", "PredictImages", "--data.path", str(root), "--data.white_level", "4095"])
+    with pytest.raises(OSError, match=f"Cannot read {root}/0.png: it has 16 bits .* PredictImages"):
+        AnomalibCLI(args=[*command, "--data", str(root)])
 
 
 @pytest.mark.parametrize("fault", ["bits", "orientation"])
