@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import Normalize
 from tqdm.auto import tqdm
 
+from .data.first_look import look
 from .data.image_files import is_constant, names, read
 
 
@@ -78,14 +79,17 @@ def check_data(datamodule: AnomalibDataModule) -> None:
 
 
 def check_training_images(datamodule: AnomalibDataModule) -> None:
-    """Check that there is something to train on.
+    """Check that there is something to train on, and look at the files that the datamodule has not looked at.
 
     Raises:
-        ValueError: If the training set is empty.
+        OSError: If an image is none, or Anomalib's reader would misread it.
+        ValueError: If the training set is empty, or a mask is missing, empty or of another size than its image.
     """
     if len(datamodule.train_data) == 0:
         msg = f"The training set of {_where(datamodule)} is empty. Put normal images into its training folder."
         raise ValueError(msg)
+    if getattr(datamodule, "looks_at_files", True):
+        look(datamodule)
 
 
 def check_normal_validation_images(datamodule: AnomalibDataModule) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakSet
 
+from anomalib.data.utils.image import is_image_file
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import CombinedLoader
@@ -60,7 +61,7 @@ def check_reading(dataset: Dataset) -> None:
     """
     if not isinstance(dataset, ReadsImages):
         paths = image_paths(dataset) or getattr(dataset, "image_filenames", [])
-        for _ in map_files(_check_file, paths):
+        for _ in map_files(_check_file, filter(is_image_file, paths)):  # not videos
             pass
 
 

@@ -165,6 +165,8 @@ class CIFAR10Unified(OptionalValidation, AnomalibDataModule):
         ('CIFAR10Unified', '02468', (128, 128))
     """
 
+    looks_at_files = False  # prepare_data wrote them
+
     def __init__(
         self,
         root: Path | str | None = "./datasets/CIFAR10",

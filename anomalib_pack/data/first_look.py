@@ -7,7 +7,7 @@ from typing import Any
 
 from anomalib import TaskType
 from anomalib.data import AnomalibDataModule
-from anomalib.data.datasets.base import AnomalibDataset
+from anomalib.data.datasets.base import AnomalibDataset, AnomalibVideoDataset
 from anomalib.data.utils import LabelName
 from anomalib.data.utils.synthetic import SyntheticAnomalyDataset
 from lightning.pytorch.utilities import rank_zero_warn
@@ -37,7 +37,7 @@ class LooksAtFiles:
     """Mixin for datamodules that look at their files when they are first set up; stands before ``AnomalibDataModule``.
 
     Attributes:
-        looks_at_files: Whether they still have to.
+        looks_at_files: Whether they still have to. Where it is missing, the models of the pack look.
     """
 
     looks_at_files = True
@@ -54,14 +54,16 @@ def look(datamodule: AnomalibDataModule) -> None:
     """Read the header of each image and mask, and a few masks.
 
     Raises:
-        OSError: If a file is no image, or an image has an EXIF orientation.
-        ValueError: If a mask has another size than its image or is empty, or Anomalib's reader is to read an image that
-            it clips.
+        OSError: If a file is no image, an image has an EXIF orientation, or Anomalib's reader is to read one that it
+            clips.
+        ValueError: If a mask is missing, has another size than its image or is empty.
     """
     deep: dict[str, int] = {}
     for split, dataset in datasets(datamodule).items():
         for part in leaves(dataset):
-            headers = _headers(part)
+            if isinstance(part, AnomalibVideoDataset):
+                continue
+            headers = _headers(part, joined=part is not dataset)
             _check_masks(part, headers)
             _warn_of_files_left_out(part)
             if split == "train":
@@ -91,7 +93,9 @@ def mask_files(dataset: AnomalibDataset, mask_path: Any) -> list[Path]:
 
 def lacks_mask(dataset: AnomalibDataset, mask_path: Any) -> bool:
     """Whether a file is missing that the data set says is there, or should."""
-    return dataset.task == TaskType.SEGMENTATION and isinstance(mask_path, str) and not Path(mask_path).exists()
+    if dataset.task != TaskType.SEGMENTATION or not isinstance(mask_path, str):
+        return False
+    return not mask_path or not Path(mask_path).exists()
 
 
 def anomalous(dataset: AnomalibDataset) -> DataFrame:
@@ -104,9 +108,9 @@ def has_kinds_of_defects(dataset: AnomalibDataset) -> bool:
     return type(dataset).__name__ in {"MVTecLocoDataset", "MVTecLOCODataset"}
 
 
-def _headers(part: AnomalibDataset) -> dict[str, Header]:
+def _headers(part: AnomalibDataset, joined: bool) -> dict[str, Header]:
     paths = part.samples["image_path"].tolist()
-    by_pack = read_by_pack(part, joined=True)  # a data set that is not joined is the pack's own, or synthetic
+    by_pack = read_by_pack(part, joined)
     remedy = SYNTHETIC if isinstance(part, SyntheticAnomalyDataset) else CONVERT
 
     def header(path: str) -> Header:

@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_model import RawScores, TinyModel
 from torchvision.transforms.v2 import Resize
 
-from anomalib_pack.checks import check_readable
+from anomalib_pack.checks import check_readable, check_training_images
 from anomalib_pack.data import GoodsADDataset, MultiCategory, MVTecLoco, PredictImages
 from anomalib_pack.data.image_files import left_out, read_header, read_image
 from anomalib_pack.defaults import OneClassDefaults
@@ -216,6 +216,19 @@ def test_empty_mask_is_named(tmp_path, monkeypatch, alpha, when):
     but = " but for its alpha channel" if alpha else r"\."
     with pytest.raises(ValueError, match=f"The mask {path} of .*{root}/bad/1.png is empty: zero everywhere{but}"):
         datamodule.setup() or list(datamodule.test_data)
+
+
+def test_models_look_at_files_that_anomalib_reads(tmp_path):
+    root = write_folder(tmp_path / "photos", scale=1, dtype=np.uint8)
+    datamodule = folder(root)
+    datamodule.setup()
+    check_training_images(datamodule)
+    write(root / "masks" / "1.png", np.zeros((32, 32), np.uint8))
+    with pytest.raises(ValueError, match=f"The mask {root}/masks/1.png of .* is empty"):
+        check_training_images(datamodule)
+    write(root / "good" / "1.png", np.full((32, 32), 4095, np.uint16))
+    with pytest.raises(OSError, match=f"Cannot read {root}/good/1.png: it has 16 bits"):
+        check_training_images(datamodule)
 
 
 @pytest.mark.parametrize("when", ["setup", "reading"])
