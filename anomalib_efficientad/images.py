@@ -12,8 +12,11 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from anomalib_pack.checks import check_readable
+from anomalib_pack.data.image_files import CLIPPED_MODES
 
 CHECKED_BEFOREHAND = 10_000  # ours: under a minute for photos; ImageNet would keep a machine busy for an hour
+
+TOO_MANY_BITS = "it has more than 8 bits per channel, so that it would become white or black; convert it to 8 bits"
 
 
 def find_images(argument: str, folder: str | Path) -> list[Path]:
@@ -49,7 +52,7 @@ class ImageFiles(Dataset):
     """Images without labels.
 
     Args:
-        paths: Files in any format and mode that Pillow reads.
+        paths: Files in any format that Pillow reads, of 8 bits per channel or of 16 in colour.
         transform: What is done with each as an RGB Pillow image.
     """
 
@@ -68,7 +71,10 @@ class ImageFiles(Dataset):
         """
         path = self.paths[index]
         try:
-            image = Image.open(path).convert("RGB")
+            opened = Image.open(path)
+            if opened.mode in CLIPPED_MODES:
+                raise ValueError(TOO_MANY_BITS)
+            image = opened.convert("RGB")
         except Exception as error:  # Pillow's decoders raise many types
             msg = f"Cannot read the image {path}: {error}. Replace or remove the file."
             raise ValueError(msg) from error

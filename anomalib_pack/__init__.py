@@ -20,10 +20,13 @@ A map, from the outside in::
     post_processing.py  scores -> normalised scores and decisions
     metrics/            evaluators that report per group
     callbacks.py        callbacks for any model
+    reading.py          refusing images that Anomalib's reader would misread
     checks.py           checks of arguments and data, before an epoch is wasted
     remeasuring.py      measurements of a checkpoint, for a model with other values
     exporting.py        exports that see image files as the engine does
     defaults.py         what the models choose alike where Anomalib lets a model choose
+    data_check/         `python -m anomalib_pack check`: one look at a data set
+    tables.py           tables as plain text
     efficiency/         `anomalib efficiency`: latency, throughput, parameters, FLOPs, memory
     sweep/              `anomalib sweep`: many models, data sets and seeds
 

@@ -1,4 +1,7 @@
-"""`python -m anomalib_pack`: what is plugged into Anomalib, and the versions of what it runs on."""
+"""`python -m anomalib_pack`: what is plugged into Anomalib, and the versions of what it runs on.
+
+`python -m anomalib_pack check --data CLASS ...` looks at a data set before a training.
+"""
 
 import argparse
 import importlib
@@ -8,14 +11,21 @@ from importlib import metadata
 
 from anomalib_pack._autoload import GROUPS
 from anomalib_pack.plugins import Plugin, plugins
+from anomalib_pack.tables import aligned
 
 
 def main() -> int:
-    """Print the table of plugins and the versions.
+    """Print the table of plugins and the versions, or check a data set.
 
     Returns:
-        Exit status: 1 if Anomalib or a plugin could not be loaded, else 0.
+        Exit status: 1 if Anomalib or a plugin could not be loaded or the data set has an error, else 0.
     """
+    if sys.argv[1:2] == ["check"]:
+        from anomalib_pack.data_check.command import run  # noqa: PLC0415  # the table works without Anomalib
+
+        text, errors = run(sys.argv[2:])
+        print(text)
+        return int(errors > 0)
     parser = argparse.ArgumentParser(prog="python -m anomalib_pack", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     as_json = parser.parse_args().json
@@ -81,10 +91,8 @@ def _cuda() -> str:
 def _as_text(report: dict) -> str:
     header = ("name", "distribution", "version", "group", "status")
     rows = [header, *([row[key] for key in header] for row in report["plugins"])]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     versions = [f"{name}: {version}" for name, version in report["versions"].items()]
-    return "\n".join([*table, "", *report["errors"], *versions])
+    return "\n".join([*aligned(rows), "", *report["errors"], *versions])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,11 +11,14 @@ from typing import Any
 
 from anomalib.data import AnomalibDataModule
 from anomalib.data.transforms.utils import extract_transforms_by_type
-from anomalib.data.utils import read_image
 from anomalib.models.components import AnomalibModule
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import Normalize
 from tqdm.auto import tqdm
+
+from .data.first_look import look
+from .data.image_files import is_constant, names, read
 
 
 def require(name: str, value: Any, allowed: bool, rule: str) -> None:
@@ -75,14 +79,17 @@ def check_data(datamodule: AnomalibDataModule) -> None:
 
 
 def check_training_images(datamodule: AnomalibDataModule) -> None:
-    """Check that there is something to train on.
+    """Check that there is something to train on, and look at the files that the datamodule has not looked at.
 
     Raises:
-        ValueError: If the training set is empty.
+        OSError: If an image is none, or Anomalib's reader would misread it.
+        ValueError: If the training set is empty, or a mask is missing, empty or of another size than its image.
     """
     if len(datamodule.train_data) == 0:
         msg = f"The training set of {_where(datamodule)} is empty. Put normal images into its training folder."
         raise ValueError(msg)
+    if getattr(datamodule, "looks_at_files", True):
+        look(datamodule)
 
 
 def check_normal_validation_images(datamodule: AnomalibDataModule) -> None:
@@ -107,15 +114,29 @@ def has_normal_validation_images(datamodule: AnomalibDataModule) -> bool:
 
 
 def check_readable(paths: Sequence[str]) -> None:
-    """Decode images.
+    """Decode images, and warn of those that are of one colour.
 
     Raises:
         ValueError: If one cannot be decoded; the message names the file.
     """
+    constant = []
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
-        for message in tqdm(pool.map(_reading_error, paths), desc="Checking images", total=len(paths), leave=False):
+        results = tqdm(pool.map(_look_at, paths), desc="Checking images", total=len(paths), leave=False)
+        for path, (message, of_one_colour) in zip(paths, results, strict=True):
             if message:
                 raise ValueError(message)
+            if of_one_colour:
+                constant.append(path)
+    warn_of_constant(constant)
+
+
+def warn_of_constant(paths: Sequence[str]) -> None:
+    """Warn of images of one colour, if there are any."""
+    if paths:
+        warnings.warn(
+            f"Images are of one colour everywhere, {len(paths)} in all: {names(paths)}. Check these files.",
+            stacklevel=2,
+        )
 
 
 @contextmanager
@@ -124,7 +145,7 @@ def naming_unreadable_images(dataset: Dataset) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        for message in map(_reading_error, image_paths(dataset)):
+        for message, _ in map(_look_at, image_paths(dataset)):
             if message:
                 raise ValueError(message) from error
         raise
@@ -136,12 +157,17 @@ def image_paths(dataset: Dataset) -> list[str]:
     return [] if samples is None else samples["image_path"].tolist()
 
 
-def _reading_error(path: str) -> str | None:
+def _look_at(path: str) -> tuple[str | None, bool]:
+    """Why an image cannot be decoded, and whether it is of one colour."""
     try:
-        read_image(path)
+        return None, read(_is_constant_file, path)
     except Exception as error:  # Pillow's decoders raise many types
-        return f"Cannot read the image {path}: {error}. Replace or remove the file."
-    return None
+        return str(error), False
+
+
+def _is_constant_file(path: str) -> bool:
+    with Image.open(path) as image:
+        return is_constant(image)
 
 
 def _where(datamodule: AnomalibDataModule) -> str:

@@ -9,10 +9,12 @@ from typing import Any
 from anomalib import LearningType
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
+from lightning.pytorch import Callback
 
 from .exporting import AntialiasingByProducts, check_any_size, keep_antialiasing
 from .metrics import GroupEvaluator, default_test_metrics
 from .post_processing import RankPreservingPostProcessor
+from .reading import RefusesMisreadImages
 
 
 class OneClassDefaults:
@@ -37,6 +39,10 @@ class OneClassDefaults:
     def learning_type(self) -> LearningType:
         """Learns from normal images."""
         return LearningType.ONE_CLASS
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Anomalib's callbacks, and one that refuses images that Anomalib's reader would misread."""
+        return [*super().configure_callbacks(), RefusesMisreadImages()]
 
     def configure_post_processor(self) -> PostProcessor:
         """Normalise scores without changing their ranking; threshold from normal images alone where need be."""

@@ -20,9 +20,11 @@ from torch.utils.data import DataLoader, Subset
 from torchmetrics.utilities.distributed import gather_all_tensors
 from tqdm.auto import tqdm
 
-from .checks import naming_unreadable_images
+from .checks import naming_unreadable_images, warn_of_constant
 
 Measures = TypeVar("Measures", bound=NamedTuple)
+
+ROUNDING = 1e-6  # ours: what resizing may add to an image of one colour; a step of 16 bits is 15 times as much
 
 
 def one_pass(module: AnomalibModule, loader: DataLoader, description: str) -> Iterator[ImageBatch]:
@@ -48,13 +50,19 @@ def one_pass(module: AnomalibModule, loader: DataLoader, description: str) -> It
     batches = DataLoader(
         share, batch_size=loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn
     )
+    constant = []
     with naming_unreadable_images(loader.dataset):
         for batch in tqdm(batches, desc=description, disable=hides_progress(trainer)):
+            low, high = batch.image.flatten(2).aminmax(dim=2)  # (B, 3)
+            of_one_colour = (high - low < ROUNDING).all(dim=1).nonzero().flatten()
+            constant += [batch.image_path[index] for index in of_one_colour] if batch.image_path else []
             on_device = trainer.strategy.batch_to_device(batch, module.device)
             if module.pre_processor:
                 on_device.image = module.pre_processor.transform(on_device.image)
             on_device.image = trainer.precision_plugin.convert_input(on_device.image)
             yield on_device
+    if loader is trainer.train_dataloader:
+        warn_of_constant(constant)
 
 
 def hides_progress(trainer: Trainer) -> bool:

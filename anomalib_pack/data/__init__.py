@@ -5,19 +5,23 @@ Map::
     aebad.py            AeBAD-S, group by domain
     cifar10.py          CIFAR-10, five classes normal and five anomalous
     goods_ad.py         GoodsAD
+    first_look.py       what headers and a few masks tell before a run
     grouped.py          image and batch with the group they belong to
-    image_files.py      listing and reading, with errors that name the file
+    image_files.py      listing images and the one way to read them, with errors that name the file
     masked.py           dataset of images with masks, and MVTec AD's layout
+    masks.py            reading masks
     multi_category.py   several categories of any data set for one model, group by category, from
         categories.py       where categories come from
         joined.py           one dataset made of those of the categories
     mvtec_loco.py       MVTec LOCO, groups logical and structural
+    predict.py          images without labels
     synthetic_loco.py   a rendered data set in MVTec LOCO's format, from
         tray.py, board.py   what its categories show, and what can be wrong with it
         parts.py            surfaces of small parts
         defects.py          names of defects, and structural damage
         rendering.py        canvas, light and camera
     validation.py       datamodules whose data set has no validation images
+    vanished.py         anomalies that a model's resize or crop removes
 """
 
 from anomalib_pack.data.aebad import AeBAD, AeBADDataset
@@ -27,6 +31,7 @@ from anomalib_pack.data.grouped import GroupedImageBatch, GroupedImageItem
 from anomalib_pack.data.joined import MultiCategoryDataset
 from anomalib_pack.data.multi_category import MultiCategory
 from anomalib_pack.data.mvtec_loco import MVTecLoco, MVTecLocoDataset
+from anomalib_pack.data.predict import PredictImages
 from anomalib_pack.data.synthetic_loco import SyntheticLoco
 
 __all__ = [
@@ -42,5 +47,6 @@ __all__ = [
     "MVTecLocoDataset",
     "MultiCategory",
     "MultiCategoryDataset",
+    "PredictImages",
     "SyntheticLoco",
 ]

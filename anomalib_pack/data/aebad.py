@@ -12,20 +12,19 @@ The layout that is read is the published one::
     <root>/AeBAD_S/ground_truth/<type of defect>/<domain>/<name>.png
 """
 
-import os
-import warnings
 from pathlib import Path
 
-from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import Split, TestSplitMode, ValSplitMode
-from anomalib.utils.attrs import get_nested_attr
 from anomalib.utils.path import resolve_dataset_root
 from pandas import DataFrame
 from torchvision.transforms.v2 import Transform
 
-from anomalib_pack.data.image_files import require_folder
+from anomalib_pack.data.first_look import LooksAtFiles
+from anomalib_pack.data.image_files import check_white_level, require_folder
 from anomalib_pack.data.masked import MaskedImageDataset, make_mvtec_samples
 from anomalib_pack.data.validation import OptionalValidation, check_val_split_mode
+from anomalib_pack.data.vanished import ReportsVanished
 
 # The part of the data set that is read.
 SUBSET = "AeBAD_S"
@@ -39,10 +38,6 @@ REMEDY = (
 )
 
 
-# File names in a warning.
-MAX_NAMES = 10
-
-
 class AeBADDataset(MaskedImageDataset):
     """One split of AeBAD-S.
 
@@ -53,6 +48,8 @@ class AeBADDataset(MaskedImageDataset):
         root: Folder of the data set, which holds the folder ``AeBAD_S``. With ``None``, Anomalib's datasets folder.
         augmentations: Applied to image and mask together.
         split: ``"train"`` or ``"test"``.
+        white_level: The value that is white in images of more than 8 bits, e.g. 4095 for 12 bits in 16; None for the
+            largest of the type.
 
     Raises:
         FileNotFoundError: If the folder of the split is missing.
@@ -64,8 +61,9 @@ class AeBADDataset(MaskedImageDataset):
         root: Path | str | None = None,
         augmentations: Transform | None = None,
         split: str | Split = Split.TRAIN,
+        white_level: float | None = None,
     ) -> None:
-        super().__init__(augmentations=augmentations)
+        super().__init__(augmentations, white_level)
         self.samples = make_dataset(resolve_dataset_root(root, "AeBAD") / SUBSET, split)
 
 
@@ -88,7 +86,7 @@ def make_dataset(root: Path, split: str | Split) -> DataFrame:
     return samples
 
 
-class AeBAD(OptionalValidation, AnomalibDataModule):
+class AeBAD(LooksAtFiles, ReportsVanished, OptionalValidation, AnomalibDataModule):
     """AeBAD-S with the domains as groups, by which :class:`~anomalib_pack.metrics.GroupEvaluator` reports metrics.
 
     The data set has no validation images. By default a tenth of the training images are held back, all of them normal,
@@ -114,9 +112,11 @@ class AeBAD(OptionalValidation, AnomalibDataModule):
         seed: Seed of random splits.
         vanished_as_normal: Anomalous images of whose mask nothing is left count as normal, as in the published
             evaluation of Zhang et al.; otherwise they stay anomalous, with an empty mask.
+        white_level: The value that is white in images of more than 8 bits, e.g. 4095 for 12 bits in 16; None for the
+            largest of the type.
 
     Raises:
-        ValueError: If ``val_split_mode`` is none of these.
+        ValueError: If ``val_split_mode`` is none of these, or ``white_level`` is not above 0.
 
     Example:
         >>> datamodule = AeBAD(root="./datasets/AeBAD", eval_batch_size=8)
@@ -140,6 +140,7 @@ class AeBAD(OptionalValidation, AnomalibDataModule):
         val_split_ratio: float = 0.1,
         seed: int | None = None,
         vanished_as_normal: bool = False,
+        white_level: float | None = None,
     ) -> None:
         super().__init__(
             train_batch_size=train_batch_size,
@@ -158,7 +159,7 @@ class AeBAD(OptionalValidation, AnomalibDataModule):
         check_val_split_mode(self.val_split_mode)
         self.root = resolve_dataset_root(root, "AeBAD")
         self.vanished_as_normal = vanished_as_normal
-        self._vanished: set[str] = set()
+        self.white_level = check_white_level(white_level)
 
     @property
     def name(self) -> str:
@@ -168,6 +169,10 @@ class AeBAD(OptionalValidation, AnomalibDataModule):
         would be kept, and pictures of a defect would overwrite those of another.
         """
         return SUBSET
+
+    @property
+    def _image_root(self) -> str:
+        return str(self.root / SUBSET)
 
     def prepare_data(self) -> None:
         """Check that the data set is there. Nothing is downloaded.
@@ -179,32 +184,5 @@ class AeBAD(OptionalValidation, AnomalibDataModule):
 
     def _setup(self, _stage: str | None = None) -> None:
         """List the images of both splits; Anomalib's base class then applies the split modes."""
-        self.train_data = AeBADDataset(self.root, split=Split.TRAIN)
-        self.test_data = AeBADDataset(self.root, split=Split.TEST)
-
-    def on_before_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
-        """Look for anomalous images of whose mask the model's pre-processor, which comes next, leaves nothing."""
-        del dataloader_idx
-        if batch.gt_label.any():
-            transform = get_nested_attr(self, "trainer.lightning_module.pre_processor.transform", None)
-            masks = transform(batch.gt_mask) if transform else batch.gt_mask
-            vanished = batch.gt_label & ~masks.flatten(1).any(dim=1)
-            self._vanished.update(path for path, found in zip(batch.image_path, vanished, strict=True) if found)
-            if self.vanished_as_normal:
-                batch.gt_label = batch.gt_label & ~vanished
-        return batch
-
-    def teardown(self, stage: str) -> None:
-        """Report the anomalous images of whose mask nothing was left."""
-        super().teardown(stage)
-        if self._vanished:
-            # Of another place are the images of synthetic anomalies.
-            names = [path.removeprefix(f"{self.root / SUBSET}{os.sep}") for path in sorted(self._vanished)]
-            rest = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-            count_as = "normal" if self.vanished_as_normal else "anomalous"
-            warnings.warn(
-                f"Anomalous images of whose mask the model's resize and crop leave nothing, {len(names)} in all, count "
-                f"as {count_as} (vanished_as_normal={self.vanished_as_normal}): {', '.join(names[:MAX_NAMES])}{rest}.",
-                stacklevel=2,
-            )
-            self._vanished.clear()
+        self.train_data = AeBADDataset(self.root, split=Split.TRAIN, white_level=self.white_level)
+        self.test_data = AeBADDataset(self.root, split=Split.TEST, white_level=self.white_level)

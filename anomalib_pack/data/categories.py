@@ -6,8 +6,10 @@ of a category as the user knows them.
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import anomalib.data
@@ -15,6 +17,7 @@ from anomalib.data import AnomalibDataModule, Folder, RealIAD, Visa
 from anomalib.data.datamodules.base import AnomalibVideoDataModule
 from anomalib.data.datasets.image.autovi import CATEGORIES as AUTOVI_CATEGORIES
 from anomalib.data.utils import TestSplitMode, ValSplitMode
+from anomalib.data.utils.path import contains_non_printable_characters
 
 from anomalib_pack.data.synthetic_loco import SCENES
 
@@ -23,6 +26,9 @@ UNUSABLE = {"ADAM3D", "Kaputt", "MVTec3D"}
 
 # Datamodules whose prepare_data gets one category only; that of all others gets the whole data set.
 SINGLY_PREPARED = {"AutoVI": AUTOVI_CATEGORIES, "SyntheticLoco": tuple(SCENES)}
+
+# Arguments of ``Folder`` that name folders.
+FOLDERS = ("normal_dir", "abnormal_dir", "normal_test_dir", "mask_dir")
 
 
 class DatasetCategories:
@@ -133,14 +139,59 @@ class FolderCategories:
     def folders(self, category: str) -> list[str]:
         """Return the folders with images of a category, normal and anomalous."""
         datamodule = self._datamodules[category]
-        paths = []
-        for folder in (datamodule.normal_dir, datamodule.abnormal_dir, datamodule.normal_test_dir):
-            if isinstance(folder, str | os.PathLike):
-                paths.append(folder)
-            elif folder is not None:
-                paths.extend(folder)
-        # As Path.resolve, but without following the links by which the user has named the folders.
-        return [os.path.abspath(Path(datamodule.root or "", path)) for path in paths]  # noqa: PTH100
+        return [path for name in FOLDERS if name != "mask_dir" for path in _absolute_paths(datamodule, name)]
+
+
+@contextmanager
+def with_readable_names(datamodule: AnomalibDataModule) -> Iterator[None]:
+    """Let ``Folder`` list folders with names beyond ASCII.
+
+    Anomalib refuses such paths, but looks at their characters before it follows links: here it gets links without any,
+    and lists the files below the folders themselves.
+
+    Raises:
+        ValueError: If no such link can be made; the message names the folder.
+    """
+    given = {name: getattr(datamodule, name) for name in ("root", *FOLDERS)} if isinstance(datamodule, Folder) else {}
+    paths = {name: _absolute_paths(datamodule, name) for name in given if name in FOLDERS}
+    unreadable = [path for several in paths.values() for path in several if contains_non_printable_characters(path)]
+    if not unreadable:
+        yield
+        return
+    with TemporaryDirectory() as temporary:
+        try:
+            links = {name: _linked(several, Path(temporary), name) for name, several in paths.items()}
+        except OSError as error:
+            msg = (
+                f"Anomalib reads no folder with other characters than those of ASCII in its path, and no link around "
+                f"them can be made ({error}): {', '.join(unreadable)}. Rename the folder."
+            )
+            raise ValueError(msg) from error
+        try:
+            for name, value in {**links, "root": None}.items():
+                setattr(datamodule, name, value or None)
+            yield
+        finally:
+            for name, value in given.items():
+                setattr(datamodule, name, value)
+
+
+def _linked(paths: Sequence[str], folder: Path, name: str) -> list[Path]:
+    links = [folder / f"{name}_{number}" for number, _ in enumerate(paths)]
+    for link, path in zip(links, paths, strict=True):
+        link.symlink_to(path, target_is_directory=True)
+    if any(map(contains_non_printable_characters, links)):
+        msg = f"the folder for temporary files, {folder}, has such characters too"
+        raise OSError(msg)
+    return links
+
+
+def _absolute_paths(datamodule: Folder, name: str) -> list[str]:
+    """Absolute paths of a folder argument, which is one path, several or None."""
+    value = getattr(datamodule, name)
+    paths = [value] if isinstance(value, str | os.PathLike) else value or []
+    # As Path.resolve, but without following the links by which the user has named the folders.
+    return [os.path.abspath(Path(datamodule.root or "", path)) for path in paths]  # noqa: PTH100
 
 
 def _find_categories(datamodule: AnomalibDataModule) -> list[str]:

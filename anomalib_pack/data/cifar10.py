@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from anomalib.data import AnomalibDataModule, ImageItem
 from anomalib.data.datasets.base import AnomalibDataset
-from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode, read_image
+from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode
 from anomalib.utils.path import resolve_dataset_root
 from pandas import DataFrame
 from rich.progress import track
@@ -25,7 +25,7 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2 import Transform
 from torchvision.transforms.v2.functional import resize
 
-from anomalib_pack.data.image_files import read
+from anomalib_pack.data.image_files import ReadsImages, read_image
 from anomalib_pack.data.validation import OptionalValidation
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ IMAGE_FOLDER = "cifar-10-png"
 REMEDY = f"Delete its folder {IMAGE_FOLDER}, and run again to have it written anew."
 
 
-class CIFAR10UnifiedDataset(AnomalibDataset):
+class CIFAR10UnifiedDataset(ReadsImages, AnomalibDataset):
     """Images of one split of CIFAR-10, five classes of which are normal.
 
     The training split has the images of the normal classes only, the test split those of all ten. An item has an
@@ -80,7 +80,7 @@ class CIFAR10UnifiedDataset(AnomalibDataset):
             OSError: If the image cannot be read.
         """
         sample = self.samples.iloc[index]
-        image = resize(read(read_image, sample.image_path, REMEDY), self.image_size)
+        image = resize(read_image(sample.image_path, remedy=REMEDY), self.image_size)
         if self.augmentations:
             image = self.augmentations(image)
         return ImageItem(image=image, gt_label=torch.tensor(sample.label_index), image_path=sample.image_path)
@@ -164,6 +164,8 @@ class CIFAR10Unified(OptionalValidation, AnomalibDataModule):
         >>> datamodule.name, datamodule.category, datamodule.image_size
         ('CIFAR10Unified', '02468', (128, 128))
     """
+
+    looks_at_files = False  # prepare_data wrote them
 
     def __init__(
         self,

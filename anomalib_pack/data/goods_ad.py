@@ -19,9 +19,11 @@ from anomalib.data.utils import Split, TestSplitMode, ValSplitMode
 from anomalib.utils.path import resolve_dataset_root
 from torchvision.transforms.v2 import Transform
 
-from anomalib_pack.data.image_files import require_folder
+from anomalib_pack.data.first_look import LooksAtFiles
+from anomalib_pack.data.image_files import check_white_level, require_folder
 from anomalib_pack.data.masked import MaskedImageDataset, make_mvtec_samples
 from anomalib_pack.data.validation import OptionalValidation, check_val_split_mode
+from anomalib_pack.data.vanished import ReportsVanished
 
 CATEGORIES = ("cigarette_box", "drink_bottle", "drink_can", "food_bottle", "food_box", "food_package")
 
@@ -45,6 +47,8 @@ class GoodsADDataset(MaskedImageDataset):
         category: Folder of the category.
         augmentations: Applied to image and mask together.
         split: ``"train"`` or ``"test"``.
+        white_level: The value that is white in images of more than 8 bits, e.g. 4095 for 12 bits in 16; None for the
+            largest of the type.
 
     Raises:
         FileNotFoundError: If the folder of the category or of the split is missing.
@@ -57,14 +61,15 @@ class GoodsADDataset(MaskedImageDataset):
         category: str = "cigarette_box",
         augmentations: Transform | None = None,
         split: str | Split = Split.TRAIN,
+        white_level: float | None = None,
     ) -> None:
-        super().__init__(augmentations=augmentations)
+        super().__init__(augmentations, white_level)
         self.category = category
         root_category = resolve_dataset_root(root, "GoodsAD") / category
         self.samples = make_mvtec_samples(root_category, split, IMG_EXTENSIONS, REMEDY)
 
 
-class GoodsAD(OptionalValidation, AnomalibDataModule):
+class GoodsAD(LooksAtFiles, ReportsVanished, OptionalValidation, AnomalibDataModule):
     """One category of GoodsAD; :class:`~anomalib_pack.data.MultiCategory` joins several.
 
     The data set has no validation images. By default a tenth of the training images are held back, all of them normal,
@@ -87,9 +92,11 @@ class GoodsAD(OptionalValidation, AnomalibDataModule):
             ``"synthetic"`` or ``"none"``. The last leaves scores raw and sets no threshold.
         val_split_ratio: Share of the images that a split for validation takes; ours, about 50 of a category.
         seed: Seed of random splits.
+        white_level: The value that is white in images of more than 8 bits, e.g. 4095 for 12 bits in 16; None for the
+            largest of the type.
 
     Raises:
-        ValueError: If ``val_split_mode`` is none of these.
+        ValueError: If ``val_split_mode`` is none of these, or ``white_level`` is not above 0.
 
     Example:
         >>> datamodule = GoodsAD(category="drink_can")
@@ -113,6 +120,7 @@ class GoodsAD(OptionalValidation, AnomalibDataModule):
         val_split_mode: ValSplitMode | str = ValSplitMode.FROM_TRAIN,
         val_split_ratio: float = 0.1,
         seed: int | None = None,
+        white_level: float | None = None,
     ) -> None:
         super().__init__(
             train_batch_size=train_batch_size,
@@ -131,6 +139,7 @@ class GoodsAD(OptionalValidation, AnomalibDataModule):
         check_val_split_mode(self.val_split_mode)
         self.root = resolve_dataset_root(root, "GoodsAD")
         self.category = category
+        self.white_level = check_white_level(white_level)
 
     def prepare_data(self) -> None:
         """Check that the category is there. Nothing is downloaded.
@@ -142,5 +151,5 @@ class GoodsAD(OptionalValidation, AnomalibDataModule):
 
     def _setup(self, _stage: str | None = None) -> None:
         """List the images of both splits; Anomalib's base class then applies the split modes."""
-        self.train_data = GoodsADDataset(self.root, self.category, split=Split.TRAIN)
-        self.test_data = GoodsADDataset(self.root, self.category, split=Split.TEST)
+        self.train_data = GoodsADDataset(self.root, self.category, split=Split.TRAIN, white_level=self.white_level)
+        self.test_data = GoodsADDataset(self.root, self.category, split=Split.TEST, white_level=self.white_level)

@@ -2,20 +2,30 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pandas as pd
 import torch
 from anomalib import TaskType
+from anomalib.data import ImageItem
 from anomalib.data.datasets.base import AnomalibDataset
+from anomalib.data.utils import LabelName
 from lightning.pytorch.utilities import rank_zero_warn
 from pandas import DataFrame
 from torchvision.transforms.v2 import Compose, Transform
+from torchvision.tv_tensors import Mask
 
+from anomalib_pack.data.first_look import reads_like_anomalib
 from anomalib_pack.data.grouped import GroupedImageBatch, GroupedImageItem
+from anomalib_pack.data.image_files import ReadsImages, check_white_level, read, read_image
+from anomalib_pack.data.masks import read_union
 
 
-class MultiCategoryDataset(AnomalibDataset):
-    """Images of several categories, read by the datasets of the categories.
+class MultiCategoryDataset(ReadsImages, AnomalibDataset):
+    """Images of several categories, read as the datasets of the categories do.
+
+    Where these do nothing but Anomalib's usual reading, images and masks are read by
+    :func:`~anomalib_pack.data.image_files.read_image` and :func:`~anomalib_pack.data.masks.read_union`.
 
     Every item is a :class:`~anomalib_pack.data.GroupedImageItem` whose ``group`` is the category. ``samples`` has the
     columns that the categories' samples share, and ``group``. A batch has masks for all its images or for none: if some
@@ -26,10 +36,20 @@ class MultiCategoryDataset(AnomalibDataset):
         parts: Dataset of each category.
         links: For each category, folders by the path that the images have in ``parts``, and the path that they get.
             Anomalib resolves symbolic links, and names result pictures by what lies below the root of the data.
+        white_level: The value that is white in images of more than 8 bits, e.g. 4095 for 12 bits in 16; None for the
+            largest of the type.
     """
 
-    def __init__(self, parts: dict[str, AnomalibDataset], links: dict[str, dict[str, str]]) -> None:
+    def __init__(
+        self,
+        parts: dict[str, AnomalibDataset],
+        links: dict[str, dict[str, str]],
+        white_level: float | None = None,
+    ) -> None:
         self.parts = parts
+        self.white_level = check_white_level(white_level)
+        for part in parts.values():
+            part.white_level = self.white_level
         self._own_augmentations = {name: part.augmentations for name, part in parts.items()}
         super().__init__()
         frames = [_part_samples(name, part, links.get(name, {})) for name, part in parts.items()]
@@ -41,14 +61,18 @@ class MultiCategoryDataset(AnomalibDataset):
         """Read an image and its mask.
 
         Raises:
-            OSError: If the image or its mask cannot be read; the message names the image.
+            OSError: If the image or its mask cannot be read; the message names the file.
+            ValueError: If the size of a mask is not that of the image, or the mask of an anomalous image is empty.
         """
         sample = self.samples.iloc[index]
-        try:
-            item = self.parts[sample.group][sample.row]
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow names no file
-            msg = f"Cannot read {sample.image_path} or its mask: {error}. Replace the file, or remove it from the data."
-            raise OSError(msg) from error
+        part = self.parts[sample.group]
+        if isinstance(part, ReadsImages):
+            item = part[sample.row]
+        elif reads_like_anomalib(part):
+            item = _read_item(part, part.samples.iloc[sample.row])
+        else:
+            # Anomalib's datasets with masks of their own kind name no file that is broken.
+            item = read(lambda _: part[sample.row], sample.image_path)
         mask = None
         if self.task == TaskType.SEGMENTATION:
             mask = torch.zeros(item.image.shape[-2:]) if item.gt_mask is None else item.gt_mask
@@ -79,6 +103,24 @@ class MultiCategoryDataset(AnomalibDataset):
         return GroupedImageBatch.collate
 
 
+def _read_item(part: AnomalibDataset, sample: pd.Series) -> ImageItem:
+    """Read an image and its mask as Anomalib's datasets do, but by the pack's readers."""
+    image, mask = read_image(sample.image_path, part.white_level), None
+    if part.task == TaskType.SEGMENTATION:
+        mask = Mask(torch.zeros(image.shape[-2:], dtype=torch.bool))
+        if sample.label_index == LabelName.ABNORMAL:
+            mask = read_union([Path(sample.mask_path)], sample.image_path, image.shape[-2:])
+    if part.augmentations:
+        image, mask = (part.augmentations(image), None) if mask is None else part.augmentations(image, mask)
+    return ImageItem(
+        image=image,
+        gt_mask=None if sample.label_index == LabelName.UNKNOWN else mask,
+        gt_label=None if sample.label_index == LabelName.UNKNOWN else torch.tensor(sample.label_index),
+        image_path=sample.image_path,
+        mask_path=sample.mask_path,
+    )
+
+
 def _part_samples(category: str, part: AnomalibDataset, links: dict[str, str]) -> DataFrame:
     """Samples of a category with its name, and with the position of each image in the category's dataset."""
     # From a missing path pandas 3 makes NaN, which the items refuse.
@@ -94,8 +136,8 @@ def _part_samples(category: str, part: AnomalibDataset, links: dict[str, str]) -
 
 def _joint_task(parts: dict[str, AnomalibDataset]) -> TaskType:
     anomalous = {name: part for name, part in parts.items() if part.has_anomalous}
-    without = [name for name, part in anomalous.items() if part.task == TaskType.CLASSIFICATION]
-    if anomalous and not without:
+    without = [name for name, part in (anomalous or parts).items() if part.task == TaskType.CLASSIFICATION]
+    if not without:
         return TaskType.SEGMENTATION
     if len(without) < len(anomalous):
         rank_zero_warn(

@@ -5,39 +5,48 @@ from pathlib import Path
 
 import torch
 from anomalib.data.datasets.base import AnomalibDataset
-from anomalib.data.utils import LabelName, Split, read_image, read_mask
+from anomalib.data.utils import LabelName, Split
 from pandas import DataFrame
+from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Mask
 
 from anomalib_pack.data.grouped import GroupedImageBatch, GroupedImageItem
-from anomalib_pack.data.image_files import list_images, list_split, read
+from anomalib_pack.data.image_files import ReadsImages, list_images, list_split, read_image
+from anomalib_pack.data.masks import read_union
 
 # Masks are lossless in all data sets that are read here.
 MASK_EXTENSIONS = (".png", ".PNG")
 
 
-class MaskedImageDataset(AnomalibDataset):
+class MaskedImageDataset(ReadsImages, AnomalibDataset):
     """Base of datasets whose anomalous images all have masks.
 
     ``samples``, which the subclass sets, has the columns of Anomalib's datasets and optionally ``group``. Items are
     :class:`~anomalib_pack.data.GroupedImageItem` with that ``group``, or ``None`` without the column. ``gt_mask`` is
     zero for normal images, whose ``mask_path`` is the empty string.
+
+    Args:
+        augmentations: Applied to image and mask together.
+        white_level: The value that is white in images of more than 8 bits; see
+            :func:`~anomalib_pack.data.image_files.read_image`.
     """
+
+    def __init__(self, augmentations: Transform | None = None, white_level: float | None = None) -> None:
+        super().__init__(augmentations=augmentations)
+        self.white_level = white_level
 
     def __getitem__(self, index: int) -> GroupedImageItem:
         """Read an image and the union of its masks.
 
         Raises:
             OSError: If the image or one of its masks cannot be read.
-            ValueError: If the size of a mask is not that of the image.
+            ValueError: If the size of a mask is not that of the image, or the masks of an anomalous image are empty.
         """
         sample = self.samples.iloc[index]
-        image = read(read_image, sample.image_path)
-        union = torch.zeros(image.shape[-2:], dtype=torch.bool)
+        image = read_image(sample.image_path, self.white_level)
+        mask = Mask(torch.zeros(image.shape[-2:], dtype=torch.bool))
         if sample.label_index == LabelName.ABNORMAL:
-            for path in self.mask_files(Path(sample.mask_path)):
-                union |= _read_mask_of_size(path, union.shape)
-        mask = Mask(union)  # augmentations leave plain tensors alone
+            mask = read_union(self.mask_files(Path(sample.mask_path)), sample.image_path, image.shape[-2:])
         if self.augmentations:
             image, mask = self.augmentations(image, mask)
         return GroupedImageItem(
@@ -115,11 +124,3 @@ def _mask_of(image_path: Path, folder: Path) -> Path:
         )
         raise RuntimeError(msg)
     return masks[0]
-
-
-def _read_mask_of_size(path: Path, size: torch.Size) -> torch.Tensor:
-    mask = read(read_mask, path)
-    if mask.shape != size:
-        msg = f"The mask {path} has size {tuple(mask.shape)} (height, width), its image has {tuple(size)}."
-        raise ValueError(msg)
-    return mask.bool()

@@ -10,6 +10,7 @@ The datamodule wraps one datamodule per category::
 import inspect
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +23,18 @@ from lightning import Trainer
 from torch.nn import ModuleList
 from torchvision.transforms.v2 import Transform
 
-from anomalib_pack.data.categories import DatasetCategories, FolderCategories
+from anomalib_pack.data.categories import DatasetCategories, FolderCategories, with_readable_names
+from anomalib_pack.data.first_look import LooksAtFiles
+from anomalib_pack.data.image_files import check_white_level
 from anomalib_pack.data.joined import MultiCategoryDataset
 from anomalib_pack.data.validation import OptionalValidation
+from anomalib_pack.data.vanished import ReportsVanished
 from anomalib_pack.metrics import GroupEvaluator, default_test_metrics
 
 logger = logging.getLogger(__name__)
 
 
-class MultiCategory(OptionalValidation, AnomalibDataModule):
+class MultiCategory(LooksAtFiles, ReportsVanished, OptionalValidation, AnomalibDataModule):
     """Several categories of a data set for one model, with metrics per category.
 
     Training images of all categories are shuffled together, each as likely as any other; the model is not told the
@@ -61,6 +65,8 @@ class MultiCategory(OptionalValidation, AnomalibDataModule):
         val_split_ratio: Share of a category's images that a split for validation takes.
         seed: Seed of random splits.
         dataset_args: Further arguments of the wrapped datamodule, e.g. ``{"resolution": 512}`` for Real-IAD.
+        white_level: The value that is white in images of more than 8 bits, e.g. 4095 for 12 bits in 16; None for the
+            largest of the type.
 
     Raises:
         ValueError: If an argument is not possible, or ``Folder`` datamodules have equal names or no common folder.
@@ -89,6 +95,7 @@ class MultiCategory(OptionalValidation, AnomalibDataModule):
         val_split_ratio: float | None = None,
         seed: int | None = None,
         dataset_args: dict[str, Any] | None = None,
+        white_level: float | None = None,
     ) -> None:
         super().__init__(
             train_batch_size=train_batch_size,
@@ -130,6 +137,7 @@ class MultiCategory(OptionalValidation, AnomalibDataModule):
                     raise ValueError(msg)
             self._source = FolderCategories(dataset, splits)
         self.root = Path(self._source.root)
+        self.white_level = check_white_level(white_level)
 
     @property
     def name(self) -> str:
@@ -159,7 +167,8 @@ class MultiCategory(OptionalValidation, AnomalibDataModule):
         """
         parts = self._source.datamodules()
         for category, part in parts.items():
-            part.setup(stage)
+            with with_readable_names(part):
+                part.setup(stage)
             if len(part.train_data) == 0:
                 msg = f"The category {category!r} has no training images in {self._source.folders(category)[0]}."
                 raise ValueError(msg)
@@ -173,7 +182,7 @@ class MultiCategory(OptionalValidation, AnomalibDataModule):
 
     def _join(self, datasets: dict[str, AnomalibDataset]) -> MultiCategoryDataset:
         links = {category: self._links(category, dataset) for category, dataset in datasets.items()}
-        return MultiCategoryDataset(datasets, links)
+        return MultiCategoryDataset(datasets, links, self.white_level)
 
     def _links(self, category: str, dataset: AnomalibDataset) -> dict[str, str]:
         """Folders of the category's images as Anomalib has them, and the paths of the same folders below the root."""
@@ -182,8 +191,8 @@ class MultiCategory(OptionalValidation, AnomalibDataModule):
             # In a temporary folder, with the same file names in each category.
             link = dataset.root / self.name / category / dataset.im_dir.name
             link.parent.mkdir(parents=True, exist_ok=True)
-            if not link.is_symlink():
-                link.symlink_to(dataset.im_dir)
+            if not link.exists():
+                _link_or_copy(link, dataset.im_dir)
             links[str(dataset.im_dir)] = str(link)
         return links
 
@@ -192,6 +201,14 @@ class MultiCategory(OptionalValidation, AnomalibDataModule):
 
     def _create_val_split(self) -> None:
         """Each category's datamodule has made its own."""
+
+
+def _link_or_copy(link: Path, folder: Path) -> None:
+    """Make a folder reachable by another path, also where links need a right that users lack, as in Windows."""
+    try:
+        link.symlink_to(folder, target_is_directory=True)
+    except OSError:
+        shutil.copytree(folder, link)
 
 
 def report_groups(trainer: Trainer) -> None:

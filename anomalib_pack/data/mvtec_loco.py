@@ -12,14 +12,16 @@ from pathlib import Path
 
 from anomalib.data.datamodules.image.mvtec_loco import MVTecLOCO
 from anomalib.data.datasets.image.mvtec_loco import CATEGORIES, DOWNLOAD_INFO, IMG_EXTENSIONS
-from anomalib.data.utils import LabelName, Split, ValSplitMode, download_and_extract
+from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode, download_and_extract
 from anomalib.data.utils.download import generate_hash
 from anomalib.utils.path import resolve_dataset_root
 from pandas import DataFrame
 from torchvision.transforms.v2 import Transform
 
-from anomalib_pack.data.image_files import list_images, list_split
+from anomalib_pack.data.first_look import LooksAtFiles
+from anomalib_pack.data.image_files import check_white_level, list_images, list_split
 from anomalib_pack.data.masked import MaskedImageDataset
+from anomalib_pack.data.vanished import ReportsVanished
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ class MVTecLocoDataset(MaskedImageDataset):
         category: Folder of the category.
         augmentations: Applied to image and mask together.
         split: ``"train"``, ``"val"`` or ``"test"``; ``None`` reads all three.
+        white_level: The value that is white in images of more than 8 bits, e.g. 4095 for 12 bits in 16; None for the
+            largest of the type.
 
     Raises:
         FileNotFoundError: If the folder of the category or of the split is missing.
@@ -52,8 +56,9 @@ class MVTecLocoDataset(MaskedImageDataset):
         category: str = "breakfast_box",
         augmentations: Transform | None = None,
         split: str | Split | None = None,
+        white_level: float | None = None,
     ) -> None:
-        super().__init__(augmentations=augmentations)
+        super().__init__(augmentations, white_level)
         self.root_category = resolve_dataset_root(root, "MVTec_LOCO") / category
         self.category = category
         self.split = split
@@ -119,18 +124,75 @@ def _mask_folder(root_category: Path, label: str, image_path: Path) -> Path:
     return folder
 
 
-class MVTecLoco(MVTecLOCO):
+class MVTecLoco(LooksAtFiles, ReportsVanished, MVTecLOCO):
     """MVTec LOCO with anomaly groups.
 
-    The arguments are those of Anomalib's ``MVTecLOCO``. Differences: batches are
+    The arguments are those of Anomalib's ``MVTecLOCO`` and one more. Differences: batches are
     :class:`~anomalib_pack.data.GroupedImageBatch`, and ``prepare_data`` downloads the data set (several gigabytes)
     where ``root`` does not exist yet or is empty.
+
+    Args:
+        root: Folder of the data set, which holds one folder per category. With ``None``, Anomalib's datasets folder.
+        category: Folder of the category.
+        train_batch_size: Training batch size.
+        eval_batch_size: Validation and test batch size.
+        num_workers: Number of workers per data loader.
+        train_augmentations: Applied to training images.
+        val_augmentations: Applied to validation images.
+        test_augmentations: Applied to test images.
+        augmentations: Applied where the split has none of its own.
+        test_split_mode: How the test set is made.
+        val_split_mode: How the validation set is made.
+        test_split_ratio: Share of the images that a split for testing takes.
+        val_split_ratio: Share of the images that a split for validation takes.
+        seed: Seed of random splits.
+        white_level: The value that is white in images of more than 8 bits, e.g. 4095 for 12 bits in 16; None for the
+            largest of the type.
+
+    Raises:
+        ValueError: If ``white_level`` is not above 0.
 
     Example:
         >>> datamodule = MVTecLoco(root="./datasets/MVTec_LOCO", category="pushpins", eval_batch_size=8)
         >>> datamodule.name, datamodule.category
         ('MVTecLoco', 'pushpins')
     """
+
+    def __init__(
+        self,
+        root: Path | str | None = "./datasets/MVTec_LOCO",
+        category: str = "breakfast_box",
+        train_batch_size: int = 32,
+        eval_batch_size: int = 32,
+        num_workers: int = 8,
+        train_augmentations: Transform | None = None,
+        val_augmentations: Transform | None = None,
+        test_augmentations: Transform | None = None,
+        augmentations: Transform | None = None,
+        test_split_mode: TestSplitMode | str = TestSplitMode.FROM_DIR,
+        val_split_mode: ValSplitMode | str = ValSplitMode.FROM_DIR,
+        test_split_ratio: float | None = None,
+        val_split_ratio: float | None = None,
+        seed: int | None = None,
+        white_level: float | None = None,
+    ) -> None:
+        super().__init__(
+            root=root,
+            category=category,
+            train_batch_size=train_batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            train_augmentations=train_augmentations,
+            val_augmentations=val_augmentations,
+            test_augmentations=test_augmentations,
+            augmentations=augmentations,
+            test_split_mode=test_split_mode,
+            val_split_mode=val_split_mode,
+            test_split_ratio=test_split_ratio,
+            val_split_ratio=val_split_ratio,
+            seed=seed,
+        )
+        self.white_level = check_white_level(white_level)
 
     def prepare_data(self) -> None:
         """Download and extract the data set where there is none.
@@ -171,11 +233,14 @@ class MVTecLoco(MVTecLOCO):
 
     def _setup(self, _stage: str | None = None) -> None:
         """Read the three splits; Anomalib's base class then applies the split modes."""
-        self.train_data = MVTecLocoDataset(self.root, self.category, split=Split.TRAIN)
-        self.test_data = MVTecLocoDataset(self.root, self.category, split=Split.TEST)
+        self.train_data = self._split(Split.TRAIN)
+        self.test_data = self._split(Split.TEST)
         # The other modes make their own validation set, so the folder may be missing.
         if self.val_split_mode in {ValSplitMode.FROM_DIR, ValSplitMode.NONE}:
-            self.val_data = MVTecLocoDataset(self.root, self.category, split=Split.VAL)
+            self.val_data = self._split(Split.VAL)
+
+    def _split(self, split: Split) -> MVTecLocoDataset:
+        return MVTecLocoDataset(self.root, self.category, split=split, white_level=self.white_level)
 
 
 def _check_archive(archive: Path) -> None:

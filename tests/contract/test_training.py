@@ -200,6 +200,15 @@ def fit_on(model: AnomalibModule, root: Path, results: Path) -> None:
     quiet_engine(results / "results", max_epochs=1).fit(model, datamodule=datamodule)
 
 
+def test_image_that_anomalib_misreads(model: AnomalibModule, tmp_path: Path) -> None:
+    """Anomalib's prediction from a folder would take an image of 16 bits for white; tests/data has the rest."""
+    image = tmp_path / "photos" / "000.png"
+    image.parent.mkdir()
+    Image.fromarray(np.full((64, 64), 4095, dtype=np.uint16)).save(image)
+    with pytest.raises(OSError, match=f"Cannot read {image}: it has 16 bits per channel"):
+        quiet_engine(tmp_path / "results").predict(model, data_path=image.parent)
+
+
 def test_empty_training_set(model: AnomalibModule, loco_root: Path, tmp_path: Path) -> None:
     root = copy_of(loco_root, tmp_path)
     for image in (root / "tray" / "train" / "good").iterdir():
@@ -272,10 +281,11 @@ def test_bad_weights_never_replace_good_ones(
 
 
 def test_uniform_images(model: AnomalibModule, loco_root: Path, tmp_path: Path) -> None:
-    """A training set without any variation gives no NaN."""
+    """A training set without any variation gives no NaN, but a warning that names the images."""
     root = copy_of(loco_root, tmp_path)
     for split in ("train", "validation"):
         for image in (root / "tray" / split / "good").iterdir():
             Image.fromarray(np.full((64, 64, 3), 128, dtype=np.uint8)).save(image)
-    fit_on(model, root, tmp_path)
+    with pytest.warns(UserWarning, match=f"of one colour everywhere, .*{root}/tray/train/good/000.png"):
+        fit_on(model, root, tmp_path)
     assert all(value.isfinite().all() for value in model.model.state_dict().values())

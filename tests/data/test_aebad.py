@@ -57,10 +57,10 @@ def make_datamodule(root, **arguments):
 
 
 def test_arguments_are_those_of_anomalib():
-    """The defaults that differ are the data set's, and keep test labels out of validation; one argument is more."""
+    """The defaults that differ are the data set's, and keep test labels out of validation; two arguments are more."""
     ours, theirs = ({k: v.default for k, v in inspect.signature(c).parameters.items()} for c in (AeBAD, Kolektor))
-    assert list(ours) == [*theirs, "vanished_as_normal"]
-    assert ours.pop("vanished_as_normal") is False
+    assert list(ours) == [*theirs, "vanished_as_normal", "white_level"]
+    assert (ours.pop("vanished_as_normal"), ours.pop("white_level")) == (False, None)
     different = {name: value for name, value in ours.items() if value != theirs[name]}
     assert different == {"root": "./datasets/AeBAD", "val_split_mode": "from_train", "val_split_ratio": 0.1}
 

@@ -179,6 +179,16 @@ def test_unreadable_image_beyond_those_checked_beforehand(photos: Path, tmp_path
         distill(tmp_path / "images", tmp_path / "t.pth", steps=60, **(DISTIL | {"num_workers": 1}))
 
 
+def test_image_that_would_become_white(photos: Path, tmp_path: Path) -> None:
+    paths = sorted(photos.rglob("*.png"))
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(deep)
+    images = ImageFiles([paths[0], deep], np.asarray)
+    assert images[0].dtype == np.uint8
+    with pytest.raises(ValueError, match=f"{deep}: it has more than 8 bits per channel"):
+        images[1]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
