@@ -120,7 +120,9 @@ def main() -> None:
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     for render_seed in arguments.render_seeds if arguments.dataset == "SyntheticLoco" else [None]:
         datamodule = load_datamodule(arguments, render_seed)
-        data = Data(*map(read, (datamodule.train_data, datamodule.val_data, datamodule.test_data)))
+        precision = torch.float64 if arguments.engine else torch.float32
+        splits = (datamodule.train_data, datamodule.val_data, datamodule.test_data)
+        data = Data(*(read(split, precision) for split in splits))
         source = {"data": arguments.category} | ({} if render_seed is None else {"render_seed": render_seed})
         for settings in all_settings(arguments):
             if arguments.ceilings:
@@ -161,12 +163,12 @@ def load_datamodule(arguments: argparse.Namespace, render_seed: int | None) -> A
 
 
 @torch.no_grad()
-def read(dataset: AnomalibDataset) -> Images:
+def read(dataset: AnomalibDataset, precision: torch.dtype) -> Images:
     """Read a split, resize its images as Ulsad does and extract the features."""
     transform = Ulsad.configure_pre_processor().transform
     items = [dataset[index] for index in range(len(dataset))]
-    images = torch.stack([transform(item.image) for item in items]).contiguous(memory_format=torch.channels_last)
-    backbone = FrozenBackbone(BACKBONE, LAYERS, "wheel")
+    images = torch.stack([transform(item.image) for item in items]).to(precision)
+    backbone = FrozenBackbone(BACKBONE, LAYERS, "wheel").to(precision)
     features = torch.cat([aggregate_features(backbone(chunk), CHANNELS) for chunk in images.split(CHUNK)])
     paths = [item.image_path for item in items]
     return Images(images, features, [Path(path).parent.name for path in paths], paths)
@@ -326,7 +328,10 @@ def nearest_distances(train: torch.Tensor, test: torch.Tensor, seed: int) -> tor
 
 
 def compare_with_engine(data: Data, datamodule: AnomalibDataModule, settings: dict[str, Any], steps: int) -> None:
-    """Train with Anomalib's engine as the demo does, then in the loop on the same batches from the same weights."""
+    """Train with Anomalib's engine as the demo does, then in the loop on the same batches from the same weights.
+
+    In float64, because in float32 the rounding of the first steps grows until two equal trainings look different.
+    """
     seed_everything(settings["seed"], workers=True)
     module = untrained(settings)
     record = Record()
@@ -334,6 +339,7 @@ def compare_with_engine(data: Data, datamodule: AnomalibDataModule, settings: di
     engine = Engine(
         callbacks=[seeding, record],
         max_steps=steps,
+        precision="64-true",
         check_val_every_n_epoch=1000,  # Ulsad itself validates after the last step
         accelerator="cpu",
         logger=False,
@@ -344,7 +350,7 @@ def compare_with_engine(data: Data, datamodule: AnomalibDataModule, settings: di
     cache_features(module)
     report("engine", steps, record.losses, aurocs(scores(module, data), data.test.folders))
 
-    loop = untrained(settings)
+    loop = untrained(settings).double()
     loop.model.load_state_dict(record.weights)
     cache_features(loop)
     place = {path: index for index, path in enumerate(data.train.paths)}
