@@ -120,9 +120,7 @@ def main() -> None:
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     for render_seed in arguments.render_seeds if arguments.dataset == "SyntheticLoco" else [None]:
         datamodule = load_datamodule(arguments, render_seed)
-        precision = torch.float64 if arguments.engine else torch.float32
-        splits = (datamodule.train_data, datamodule.val_data, datamodule.test_data)
-        data = Data(*(read(split, precision) for split in splits))
+        data = Data(*map(read, (datamodule.train_data, datamodule.val_data, datamodule.test_data)))
         source = {"data": arguments.category} | ({} if render_seed is None else {"render_seed": render_seed})
         for settings in all_settings(arguments):
             if arguments.ceilings:
@@ -163,12 +161,12 @@ def load_datamodule(arguments: argparse.Namespace, render_seed: int | None) -> A
 
 
 @torch.no_grad()
-def read(dataset: AnomalibDataset, precision: torch.dtype) -> Images:
+def read(dataset: AnomalibDataset) -> Images:
     """Read a split, resize its images as Ulsad does and extract the features."""
     transform = Ulsad.configure_pre_processor().transform
     items = [dataset[index] for index in range(len(dataset))]
-    images = torch.stack([transform(item.image) for item in items]).to(precision)
-    backbone = FrozenBackbone(BACKBONE, LAYERS, "wheel").to(precision)
+    images = torch.stack([transform(item.image) for item in items])
+    backbone = FrozenBackbone(BACKBONE, LAYERS, "wheel")
     features = torch.cat([aggregate_features(backbone(chunk), CHANNELS) for chunk in images.split(CHUNK)])
     paths = [item.image_path for item in items]
     return Images(images, features, [Path(path).parent.name for path in paths], paths)
@@ -184,6 +182,7 @@ def add_training(path: Path, source: dict[str, Any], data: Data, settings: dict[
     if not missing:
         return
     module = build(data, settings)
+    module.model.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
     batches = random_batches(len(data.train.images), settings["batch"])
     for step, _ in enumerate(train(module, data.train, batches), start=1):
         if step in missing:
@@ -202,7 +201,6 @@ def build(data: Data, settings: dict[str, Any]) -> Ulsad:
     module.model.feature_mean.copy_(mean)
     module.model.feature_std.copy_(std)
     seed_everything(settings["seed"], workers=True)
-    module.model.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
     return module
 
 
@@ -328,10 +326,7 @@ def nearest_distances(train: torch.Tensor, test: torch.Tensor, seed: int) -> tor
 
 
 def compare_with_engine(data: Data, datamodule: AnomalibDataModule, settings: dict[str, Any], steps: int) -> None:
-    """Train with Anomalib's engine as the demo does, then in the loop on the same batches from the same weights.
-
-    In float64, because in float32 the rounding of the first steps grows until two equal trainings look different.
-    """
+    """Train with Anomalib's engine as the demo does, then in the loop on the same batches from the same weights."""
     seed_everything(settings["seed"], workers=True)
     module = untrained(settings)
     record = Record()
@@ -339,7 +334,6 @@ def compare_with_engine(data: Data, datamodule: AnomalibDataModule, settings: di
     engine = Engine(
         callbacks=[seeding, record],
         max_steps=steps,
-        precision="64-true",
         check_val_every_n_epoch=1000,  # Ulsad itself validates after the last step
         accelerator="cpu",
         logger=False,
@@ -350,7 +344,7 @@ def compare_with_engine(data: Data, datamodule: AnomalibDataModule, settings: di
     cache_features(module)
     report("engine", steps, record.losses, aurocs(scores(module, data), data.test.folders))
 
-    loop = untrained(settings).double()
+    loop = untrained(settings)
     loop.model.load_state_dict(record.weights)
     cache_features(loop)
     place = {path: index for index, path in enumerate(data.train.paths)}
