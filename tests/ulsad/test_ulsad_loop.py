@@ -42,6 +42,7 @@ def test_the_engine_trains_as_a_plain_loop_does(loco: MVTecLoco, tmp_path) -> No
     )
     engine.fit(model, datamodule=loco)
     assert len(record.losses) == 2 * 4
+    assert record.paths[:4] != record.paths[4:]  # a new order in each epoch
     assert record.losses.count(None) == 2  # 13 images in batches of 4: the last image is left out
 
     items = [loco.train_data[index] for index in range(len(loco.train_data))]
