@@ -8,7 +8,7 @@ r"""What limits Ulsad on small data: image AUROC of each of its maps after so ma
 Networks, loss and optimiser are those of the demo's Ulsad. The frozen backbone runs once over the images, then a plain
 loop trains on its features; a run at a constant rate passes all numbers of steps. Quantiles come from normal validation
 images, and nothing is selected on test images. Every measurement is a line of JSON in ``--results`` as soon as it is
-made; what is there is not measured again, so that a run that was stopped can go on.
+made; what is there is not measured again, so that a list of runs that was stopped goes on.
 
 ``--ceilings`` trains nothing: exact nearest neighbours of the same features among 20 000 training patches. ``--engine``
 trains with Anomalib's engine, then again in the loop, from the same weights on the same batches, and compares.
