@@ -15,6 +15,7 @@ from .exporting import AntialiasingByProducts, check_any_size, keep_antialiasing
 from .metrics import GroupEvaluator, default_test_metrics
 from .post_processing import RankPreservingPostProcessor
 from .reading import RefusesMisreadImages
+from .resuming import KeepTraining
 
 
 class OneClassDefaults:
@@ -41,8 +42,10 @@ class OneClassDefaults:
         return LearningType.ONE_CLASS
 
     def configure_callbacks(self) -> list[Callback]:
-        """Anomalib's callbacks, and one that refuses images that Anomalib's reader would misread."""
-        return [*super().configure_callbacks(), RefusesMisreadImages()]
+        """Anomalib's, one that refuses what its reader would misread, and those that keep what is trained, unless the trainer has its own."""
+        ours = (KeepTraining,)
+        missing = [each() for each in ours if not any(isinstance(one, each) for one in self.trainer.callbacks)]
+        return [*super().configure_callbacks(), RefusesMisreadImages(), *missing]
 
     def configure_post_processor(self) -> PostProcessor:
         """Normalise scores without changing their ranking; threshold from normal images alone where need be."""

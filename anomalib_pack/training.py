@@ -82,6 +82,12 @@ class EndsOnBadLoss:
     """
 
     _unchecked: tuple[Step, ...] = ()
+    _failure: str | None = None  # why the training ended; nothing that is saved after it would be finite
+
+    def on_fit_start(self) -> None:
+        """Forget an earlier training."""
+        self._unchecked, self._failure = (), None
+        super().on_fit_start()
 
     def watch_loss(self, loss: torch.Tensor, images: Sequence[str] | None = None) -> None:
         """Keep a step's loss for the next look.
@@ -102,8 +108,10 @@ class EndsOnBadLoss:
         """Look at the last steps' losses and at what they made of the weights.
 
         Raises:
-            ValueError: If a loss or a weight is NaN or infinite; the message names the images.
+            ValueError: If a loss or a weight is NaN or infinite, or was before; the message names the images.
         """
+        if self._failure:
+            raise ValueError(self._failure)
         if self._unchecked:
             self._check_losses()
             self._check_weights()
@@ -131,15 +139,19 @@ class EndsOnBadLoss:
             self._stop_all(Problem(0, f"The weights {name!r} are not finite after a step", images))
 
     def _stop_all(self, problem: Problem | None) -> None:
-        """Stop all processes at the first problem that one of them has."""
-        problems = sorted(found for found in gather_objects(self.trainer, problem) if found is not None)
+        """Stop all processes at the first problem that one of them has.
+
+        In an interrupted training each process looks for itself: others may have ended.
+        """
+        found_by_all = [problem] if self.trainer.interrupted else gather_objects(self.trainer, problem)
+        problems = sorted(found for found in found_by_all if found is not None)
         if problems:
             self._unchecked = ()
             first = problems[0]
             images = [image for found in problems if found.step == first.step for image in found.images]
             where = f" on the images {images}" if images else ""
-            msg = f"{first.what}{where}. Check the images, or use a lower learning rate or 32-bit precision."
-            raise ValueError(msg)
+            self._failure = f"{first.what}{where}. Check the images, or use a lower learning rate or 32-bit precision."
+            raise ValueError(self._failure)
 
     def on_validation_model_eval(self) -> None:
         """Look at the training before anything is measured on the validation set."""
