@@ -67,10 +67,11 @@ class KeepTraining(Callback):
         self._saved_time = time.monotonic()
         self._path = None
 
-    def on_train_batch_end(
-        self, trainer: Trainer, _pl_module: LightningModule, _outputs: Any, _batch: Any, batch_idx: int
-    ) -> None:
-        """Save if it is time."""
+    def on_train_batch_start(self, trainer: Trainer, _pl_module: LightningModule, _batch: Any, batch_idx: int) -> None:
+        """Save if it is time.
+
+        Not when a step has ended: after the last one of an epoch, Lightning would go on without its validation.
+        """
         if trainer.world_size > 1 and batch_idx % CLOCK_EVERY:
             return
         due = time.monotonic() - self._saved_time >= 60 * self.save_minutes and trainer.global_step > self._saved_step

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,14 @@ class Tiny(EndsOnBadLoss, OneClassDefaults, TinyModel):
         return loss
 
 
-class InSecondEpoch(Callback):
-    """Does something before the second batch of the second epoch."""
+class Within(Callback):
+    """Does something before the second batch of an epoch, of the second one by default."""
 
-    def __init__(self, do) -> None:
-        self.do = do
+    def __init__(self, do: Callable[[Any], None], epoch: int = 1) -> None:
+        self.do, self.epoch = do, epoch
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if trainer.current_epoch == 1 and batch_idx == 1:
+        if trainer.current_epoch == self.epoch and batch_idx == 1:
             self.do(pl_module)
 
 
@@ -109,7 +109,7 @@ def test_what_is_trained_is_kept(
 ) -> None:
     """The second epoch goes on where it was, and the file goes when the training has ended."""
     with pytest.raises(error):
-        train(loco_root, tmp_path, InSecondEpoch(do))
+        train(loco_root, tmp_path, Within(do))
     path = resume_file(tmp_path)
     assert f"anomalib fit --ckpt_path {path.resolve()}" in caplog.text.replace(str(path), str(path.resolve()))
     kept = load(path)
@@ -133,13 +133,73 @@ class FirstStep(Callback):
         self.first = trainer.current_epoch, trainer.global_step
 
 
+@pytest.mark.parametrize("name", ["resume.ckpt", "model.ckpt"])
+def test_a_training_that_was_resumed_is_resumed(loco_root: Path, tmp_path: Path, name: str) -> None:
+    """From within its third epoch or from the end of its second one."""
+    with pytest.raises(SystemExit):
+        train(loco_root, tmp_path, Within(interrupt))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(loco_root, tmp_path, Within(fail, epoch=2), ckpt_path=resume_file(tmp_path))
+    path = resume_file(tmp_path, "v1").with_name(name)
+    assert load(path)["global_step"] == 2 * STEPS + (name == "resume.ckpt")
+    trainer = train(loco_root, tmp_path, ckpt_path=path).trainer
+    assert (trainer.current_epoch, trainer.global_step) == (3, 3 * STEPS)
+
+
+class FailAfterSteps(Callback):
+    """Fails in a hook after the steps of an epoch."""
+
+    def __init__(self, hook: str, epoch: int) -> None:
+        self.epoch = epoch
+        setattr(self, hook, self.fail)
+
+    def fail(self, trainer, *_: Any) -> None:
+        if trainer.current_epoch == self.epoch:
+            raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("minutes", [10, EVERY_STEP])
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_batch_end", "on_validation_end"])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_after_the_steps_of_an_epoch(loco_root: Path, tmp_path: Path, epoch: int, hook: str, minutes: float) -> None:
+    """No step is done twice, whether the file is of the last step or of the failure, and the last is validated."""
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(loco_root, tmp_path, FailAfterSteps(hook, epoch), KeepTraining(save_minutes=minutes))
+    path = resume_file(tmp_path)
+    trainer = train(loco_root, tmp_path, ckpt_path=path).trainer
+    assert (trainer.current_epoch, trainer.global_step) == (3, 3 * STEPS)
+    last = load(resume_file(tmp_path, "v1").with_name("model.ckpt"))
+    assert last["global_step"] == 3 * STEPS
+
+
+class CopyInSecondEpoch(Callback):
+    """Keeps the file as a kill in the second epoch would leave it."""
+
+    def __init__(self, path: Path, copy: Path) -> None:
+        self.path, self.copy = path, copy
+
+    def on_train_batch_end(self, trainer, *_: Any) -> None:
+        if trainer.current_epoch == 1:
+            self.copy.write_bytes(self.path.read_bytes())
+
+
+def test_epochs_of_a_single_step(loco_root: Path, tmp_path: Path) -> None:
+    """Are saved by the clock too."""
+    copy = CopyInSecondEpoch(resume_file(tmp_path), tmp_path / "copy.ckpt")
+    train(loco_root, tmp_path, copy, KeepTraining(save_minutes=EVERY_STEP), limit_train_batches=1)
+    assert not resume_file(tmp_path).exists()
+    assert load(copy.copy)["global_step"] == 1
+    trainer = train(loco_root, tmp_path, ckpt_path=copy.copy, limit_train_batches=1).trainer
+    assert (trainer.current_epoch, trainer.global_step) == (3, 3)
+
+
 def test_a_kill_loses_no_more_than_the_interval(loco_root: Path, tmp_path: Path) -> None:
     command = [sys.executable, __file__, str(loco_root), str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert run.returncode == -signal.SIGKILL, run.stderr[-3000:]
     kept = load(resume_file(tmp_path))
-    assert (kept["epoch"], kept["global_step"]) == (1, STEPS + 1)
+    assert (kept["epoch"], kept["global_step"]) == (1, STEPS)  # and one more was done
     trainer = train(loco_root, tmp_path, ckpt_path=resume_file(tmp_path)).trainer
     assert (trainer.current_epoch, trainer.global_step) == (3, 3 * STEPS)
 
@@ -147,12 +207,12 @@ def test_a_kill_loses_no_more_than_the_interval(loco_root: Path, tmp_path: Path)
 def test_bad_weights_are_not_kept(loco_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The error is the training's own, and the file, where there is one, is from before."""
     with pytest.raises(ValueError, match="loss is nan"):
-        train(loco_root, tmp_path, InSecondEpoch(spoil))
+        train(loco_root, tmp_path, Within(spoil))
     assert not resume_file(tmp_path).exists()
-    with pytest.raises(ValueError, match="loss is nan"):
-        train(loco_root, tmp_path, InSecondEpoch(spoil), KeepTraining(save_minutes=EVERY_STEP))
-    assert load(resume_file(tmp_path, "v1"))["global_step"] == STEPS + 1
-    assert f"up to step {STEPS + 1} is in" in caplog.text
+    with pytest.raises(ValueError, match="weights .* are not finite"):
+        train(loco_root, tmp_path, Within(spoil), KeepTraining(save_minutes=EVERY_STEP))
+    assert load(resume_file(tmp_path, "v1"))["global_step"] == STEPS
+    assert f"up to step {STEPS} is in" in caplog.text
 
 
 @pytest.mark.parametrize("arguments", [{"callback": KeepTraining(save_minutes=0)}, {"fast_dev_run": True}])
@@ -183,4 +243,4 @@ def test_negative_minutes() -> None:
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), Path(sys.argv[2]), InSecondEpoch(kill), KeepTraining(save_minutes=EVERY_STEP))
+    train(Path(sys.argv[1]), Path(sys.argv[2]), Within(kill), KeepTraining(save_minutes=EVERY_STEP))

@@ -204,6 +204,7 @@ CASES = {
             "test_an_image_scores_the_same_in_any_batch": "likewise",
             "test_cuda_agrees_with_the_cpu": "likewise",
             "test_resumes_after_a_kill": "is trained in one pass, there is no second epoch",
+            "test_resumes_after_an_interruption": "likewise",
             "test_loss_that_is_not_a_number": "trains no parameter; the coreset refuses features that are not finite",
             "test_bad_weights_never_replace_good_ones": "trains no parameter, in one epoch",
         },

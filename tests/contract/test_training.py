@@ -133,13 +133,16 @@ def test_resumes_after_a_kill(trained: Trained, name: str, case: Case, loco_root
         "class_path": "anomalib.callbacks.ModelCheckpoint",
         "init_args": {"dirpath": str(tmp_path / "checkpoints"), "save_last": True},
     }
-    callbacks = [checkpoints, {"class_path": "kill.KillInSecondEpoch"}]
+    keep = {"class_path": "anomalib_pack.resuming.KeepTraining", "init_args": {"save_minutes": 1e-9}}  # each step
+    callbacks = [checkpoints, keep, {"class_path": "kill.KillInSecondEpoch"}]
     config = write_config(tmp_path / "c.yaml", name, case, loco_root, tmp_path, callbacks=callbacks, max_epochs=2)
     killed = run_command("fit", "--config", config, PYTHONPATH=str(HERE))
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     before = load(last)
     assert before["epoch"] == 0
+    resume = load(next(tmp_path.rglob("resume.ckpt")))
+    assert (resume["epoch"], resume["global_step"]) == (1, before["global_step"] + 1)
 
     config = write_config(tmp_path / "c.yaml", name, case, loco_root, tmp_path, callbacks=[checkpoints], max_epochs=2)
     engine = run_cli("fit", "--config", config, "--ckpt_path", last).engine
@@ -151,6 +154,33 @@ def test_resumes_after_a_kill(trained: Trained, name: str, case: Case, loco_root
     after = engine.model.state_dict()
     for key in case.statistics:
         torch.testing.assert_close(after[key], before["state_dict"][key], atol=0, rtol=0)
+
+
+class Interrupt(Callback):
+    """Presses Ctrl+C in the second epoch, before its second batch."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.current_epoch == 1 and batch_idx == 1:
+            raise KeyboardInterrupt
+
+
+def test_resumes_after_an_interruption(
+    model: AnomalibModule, model_class: type[AnomalibModule], case: Case, loco: MVTecLoco, tmp_path: Path
+) -> None:
+    """Interrupted in its second epoch, resumed from the file that names itself: no step is lost or done twice."""
+    handler = signal.getsignal(signal.SIGINT)  # Lightning ignores it afterwards
+    with pytest.raises(SystemExit):
+        quiet_engine(tmp_path, max_epochs=2, callbacks=[Interrupt()]).fit(model, datamodule=loco)
+    signal.signal(signal.SIGINT, handler)
+    kept = next(tmp_path.rglob("v0/weights/lightning/resume.ckpt"))
+    before = load(kept)
+    engine = quiet_engine(tmp_path, max_epochs=2)
+    engine.fit(model_class(**case.arguments), datamodule=loco, ckpt_path=kept)
+    assert engine.trainer.current_epoch == 2
+    assert engine.trainer.global_step == 2 * (before["global_step"] - 1)
+    for key in case.statistics:
+        torch.testing.assert_close(engine.model.state_dict()[key], before["state_dict"][key], atol=0, rtol=0)
+    assert [path.name for path in tmp_path.rglob("v1/weights/lightning/*")] == ["model.ckpt"]
 
 
 def test_two_processes_measure_what_one_does(
