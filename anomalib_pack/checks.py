@@ -15,7 +15,8 @@ from anomalib.models.components import AnomalibModule
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import Normalize
-from tqdm.auto import tqdm
+
+from .progress import progress_bar
 
 from .data.first_look import look
 from .data.image_files import is_constant, names, read
@@ -121,7 +122,7 @@ def check_readable(paths: Sequence[str]) -> None:
     """
     constant = []
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
-        results = tqdm(pool.map(_look_at, paths), desc="Checking images", total=len(paths), leave=False)
+        results = progress_bar(pool.map(_look_at, paths), desc="Checking images", total=len(paths), leave=False)
         for path, (message, of_one_colour) in zip(paths, results, strict=True):
             if message:
                 raise ValueError(message)

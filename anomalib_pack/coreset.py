@@ -7,9 +7,10 @@ adds the point farthest from all centres so far. Its covering radius is at most 
 from __future__ import annotations
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .checks import require
+from .progress import progress_bar
 from .shares import whole_share
 
 POOL_SHARE = 3  # ours: a pool is one part in so many of its points
@@ -48,7 +49,7 @@ def k_center_greedy(features: torch.Tensor, size: int, description: str | None =
         ([3, 0], 2.0)
     """
     require("size", size, 1 <= size <= len(features), f"from 1 to {len(features)}, the number of points")
-    with tqdm(total=size, desc=description, disable=description is None) as progress:
+    with progress_bar(total=size, desc=description, disable=description is None) as progress:
         selection = _Selection(features, size, progress)
         selection.run()
     if selection.count < size:  # distances that are not numbers are no farther than anything

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from .exporting import AntialiasingByProducts, check_any_size, keep_antialiasing
 from .metrics import GroupEvaluator, default_test_metrics
 from .post_processing import RankPreservingPostProcessor
+from .progress import ProgressLines
 from .reading import RefusesMisreadImages
 from .resuming import KeepTraining
 
@@ -42,8 +43,8 @@ class OneClassDefaults:
         return LearningType.ONE_CLASS
 
     def configure_callbacks(self) -> list[Callback]:
-        """Anomalib's, one that refuses what its reader would misread, and those that keep what is trained, unless the trainer has its own."""
-        ours = (KeepTraining,)
+        """Anomalib's callbacks, and the pack's, of which those of the trainer take the place."""
+        ours = (KeepTraining, ProgressLines)
         missing = [each() for each in ours if not any(isinstance(one, each) for one in self.trainer.callbacks)]
         return [*super().configure_callbacks(), RefusesMisreadImages(), *missing]
 

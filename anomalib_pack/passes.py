@@ -18,9 +18,9 @@ from lightning import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Subset
 from torchmetrics.utilities.distributed import gather_all_tensors
-from tqdm.auto import tqdm
 
 from .checks import naming_unreadable_images, warn_of_constant
+from .progress import hides_progress, progress_bar
 
 Measures = TypeVar("Measures", bound=NamedTuple)
 
@@ -52,7 +52,7 @@ def one_pass(module: AnomalibModule, loader: DataLoader, description: str) -> It
     )
     constant = []
     with naming_unreadable_images(loader.dataset):
-        for batch in tqdm(batches, desc=description, disable=hides_progress(trainer)):
+        for batch in progress_bar(batches, desc=description, disable=hides_progress(trainer)):
             low, high = batch.image.flatten(2).aminmax(dim=2)  # (B, 3)
             of_one_colour = (high - low < ROUNDING).all(dim=1).nonzero().flatten()
             constant += [batch.image_path[index] for index in of_one_colour] if batch.image_path else []
@@ -63,11 +63,6 @@ def one_pass(module: AnomalibModule, loader: DataLoader, description: str) -> It
             yield on_device
     if loader is trainer.train_dataloader:
         warn_of_constant(constant)
-
-
-def hides_progress(trainer: Trainer) -> bool:
-    """Whether this process shows no progress bars: the user wants none, or it is not the first one."""
-    return trainer.global_rank > 0 or trainer.progress_bar_callback is None
 
 
 def gathered_pass(

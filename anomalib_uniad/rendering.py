@@ -25,9 +25,10 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from anomalib_pack.data.joined import MultiCategoryDataset
+from anomalib_pack.progress import progress_bar
 from anomalib_uniad import Uniad
 
 from .components.baselines import RESNET34_BLOCKS
@@ -131,7 +132,7 @@ def train_renderer(
         renderer = FeatureRenderer(sum(uniad.model.backbone.channels), width).to(uniad.device)
         loader = _loader(data, images, data.train_batch_size, shuffle=True)
         try:
-            _train(renderer, uniad, loader, tqdm(range(max_epochs), desc=name), lr, weight_decay)
+            _train(renderer, uniad, loader, progress_bar(range(max_epochs), desc=name), lr, weight_decay)
         finally:
             torch.save({"width": width, "state_dict": renderer.state_dict()}, output / f"{name}.pt")
 
@@ -178,7 +179,7 @@ def render(
     channels = sum(uniad.model.backbone.channels)
     for name, images in _categories(data, uniad).items():
         renderer = load_renderer(_file(renderers, name), channels).to(uniad.device)
-        for batch in tqdm(_loader(data, images, data.eval_batch_size), desc=f"Rendering {name}"):
+        for batch in progress_bar(_loader(data, images, data.eval_batch_size), desc=f"Rendering {name}"):
             for path, picture in zip(batch.image_path, _pictures(uniad, renderer, batch), strict=True):
                 picture.save(generate_output_filename(path, output, data.name, data.category).with_suffix(".png"))
 

@@ -25,7 +25,8 @@ from anomalib_pack.backbones import plain
 from anomalib_pack.checks import check_normal_validation_images, check_pre_processor, check_training_images, require
 from anomalib_pack.coreset import ChunkedCoreset
 from anomalib_pack.defaults import OneClassDefaults
-from anomalib_pack.passes import gathered_pass, hides_progress, measures_of_normal_images, validation_loader
+from anomalib_pack.passes import gathered_pass, measures_of_normal_images, validation_loader
+from anomalib_pack.progress import hides_progress
 from anomalib_pack.training import ValidatesAtTheEnd
 
 from .torch_model import BLOCKS, Features, UnisladModel, Vectors, patch_rows

@@ -209,7 +209,7 @@ def test_bad_weights_are_not_kept(loco_root: Path, tmp_path: Path, caplog: pytes
     with pytest.raises(ValueError, match="loss is nan"):
         train(loco_root, tmp_path, Within(spoil))
     assert not resume_file(tmp_path).exists()
-    with pytest.raises(ValueError, match="weights .* are not finite"):
+    with pytest.raises(ValueError, match=r"weights .* are not finite"):
         train(loco_root, tmp_path, Within(spoil), KeepTraining(save_minutes=EVERY_STEP))
     assert load(resume_file(tmp_path, "v1"))["global_step"] == STEPS
     assert f"up to step {STEPS} is in" in caplog.text

@@ -16,10 +16,10 @@ from anomalib.models.image.efficient_ad.torch_model import (
 )
 from lightning import LightningModule
 from torch.nn import functional as F  # noqa: N812
-from tqdm.auto import tqdm
 
 from anomalib_pack.backbones import plain
 from anomalib_pack.checks import require
+from anomalib_pack.progress import progress_bar
 from anomalib_pack.statistics import channel_sums, mean_and_std
 from anomalib_pack.training import EndsOnBadLoss
 
@@ -106,7 +106,7 @@ class TeacherDistillation(EndsOnBadLoss, LightningModule):
         loader = self.trainer.train_dataloader
         batches = math.ceil(self.hparams["statistics_images"] / loader.batch_size)
         sums = 0
-        for large, _ in tqdm(islice(loader, batches), desc="Channel statistics", total=batches):
+        for large, _ in progress_bar(islice(loader, batches), desc="Channel statistics", total=batches):
             sums = sums + channel_sums(self.features(large.to(self.device)))  # Alg. 3, lines 7 to 9
         mean, std = mean_and_std(sums)  # Alg. 3, line 11
         self.feature_mean.copy_(mean)

@@ -16,24 +16,15 @@ from threading import Thread
 from typing import Any
 
 from anomalib.engine import Engine
-from lightning import LightningModule, Trainer
-from lightning.pytorch import Callback
-from tqdm import tqdm
 
 from anomalib_pack.callbacks import SeedEverything
+from anomalib_pack.progress import ProgressLines
+from anomalib_pack.resuming import KeepTraining
 from anomalib_pack.sweep.components import build_component, build_trainer_arguments
 from anomalib_pack.sweep.settings import Experiment
 from anomalib_pack.sweep.throughput import Throughput
 
 STDOUT, STDERR = 1, 2
-
-
-class EpochLines(Callback):
-    """Writes a line after each epoch: progress bars come into a log at the end of the training only."""
-
-    def on_train_epoch_end(self, trainer: Trainer, _pl_module: LightningModule) -> None:
-        """Write it."""
-        tqdm.write(f"Epoch {trainer.current_epoch + 1}, step {trainer.global_step}", file=sys.stderr)
 
 
 def run_or_error(experiment: Experiment, log: Path) -> dict[str, Any]:
@@ -71,7 +62,8 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
     model.visualizer = None  # pictures are not kept
     datamodule = build_component("data", experiment.data)
     arguments = build_trainer_arguments(experiment.trainer)
-    callbacks = [seeding, throughput, EpochLines(), *_as_list(arguments.pop("callbacks", None))]
+    ours = [seeding, throughput, KeepTraining(save_minutes=0), ProgressLines()]
+    callbacks = [*ours, *_as_list(arguments.pop("callbacks", None))]
     with TemporaryDirectory() as folder:
         engine = Engine(callbacks, default_root_dir=folder, accelerator=experiment.accelerator, **arguments)
         fit_start = time.perf_counter()
