@@ -9,10 +9,12 @@ from typing import Any
 from anomalib import LearningType
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
+from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import Callback
 
 from .exporting import AntialiasingByProducts, check_any_size, keep_antialiasing
 from .metrics import GroupEvaluator, default_test_metrics
+from .pictures import SparingVisualizer
 from .post_processing import RankPreservingPostProcessor
 from .progress import ProgressLines
 from .reading import RefusesMisreadImages
@@ -56,6 +58,11 @@ class OneClassDefaults:
     def configure_evaluator() -> Evaluator:
         """The pack's metrics, overall and for each category or anomaly group."""
         return GroupEvaluator(test_metrics=default_test_metrics())
+
+    @classmethod
+    def configure_visualizer(cls) -> ImageVisualizer:
+        """Anomalib's, which never ends a test for a picture that cannot be written."""
+        return SparingVisualizer()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Take a component; a pre-processor keeps the antialiasing of its resize when it is exported."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from .checks import require
+from .files import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -139,29 +139,3 @@ class WholeFiles(AnomalibCheckpointIO):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         replace_file(Path(path), buffer.getbuffer())
-
-
-def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that is whole or absent under its name, whatever happens meanwhile.
-
-    Raises:
-        OSError: If it cannot be written; the message names it. An earlier file is still there.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise unwritable(path, error) from error
-        raise
-
-
-def unwritable(path: Path, error: OSError) -> OSError:
-    """The error of a file that cannot be written, with its name."""
-    return OSError(error.errno, f"Cannot write {path}: {error.strerror or error}.")

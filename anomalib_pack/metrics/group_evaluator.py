@@ -8,6 +8,7 @@ Each metric is computed by its own class on fields of the test batches that are 
 """
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -27,6 +28,7 @@ from rich.table import Column, Table
 from torch import Tensor
 from torch import distributed as dist
 
+from anomalib_pack.files import replace_file
 from anomalib_pack.metrics import image, pixel
 from anomalib_pack.metrics.roc import RocCorners
 from anomalib_pack.metrics.samples import copied, select, unpadded_count
@@ -307,9 +309,15 @@ def rich_table(rows: dict[str, dict[str, float]]) -> Table:
 
 
 def write_csv(rows: dict[str, dict[str, float]], path: Path) -> None:
-    """Write the table with the overall row first; metrics that do not exist are empty."""
-    path.parent.mkdir(parents=True, exist_ok=True)  # Nothing else creates it in a test run without logger.
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["group", *rows[""]])
-        writer.writeheader()
-        writer.writerows({"group": group or "overall"} | row for group, row in rows.items())
+    """Write the table with the overall row first; metrics that do not exist are empty.
+
+    If it cannot be written, e.g. on a full disk, a warning says so: the metrics are printed all the same.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ["group", *rows[""]])
+    writer.writeheader()
+    writer.writerows({"group": group or "overall"} | row for group, row in rows.items())
+    try:
+        replace_file(path, text.getvalue().encode())
+    except OSError as error:
+        rank_zero_warn(error.strerror)

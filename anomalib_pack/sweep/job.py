@@ -59,7 +59,11 @@ class SweepJob(Job):
         except Exception as error:  # the process was killed, or its result cannot be passed on
             results = {"error": one_line(error)}
         row = self._description() | results
-        write_row(row, self.folder / RESULTS)
+        try:
+            write_row(row, self.folder / RESULTS)
+        except OSError as error:  # e.g. a full disk; without its row the job runs again when the sweep is resumed
+            row["error"] = one_line(error)
+            tqdm.write(f"[{self.place}] {error.strerror} Its results are lost: {results}")
         outcome = "failed" if row["error"] else "done"
         tqdm.write(f"[{self.place}] {outcome} after {time.perf_counter() - start:.0f} s")
         return row

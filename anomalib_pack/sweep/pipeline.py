@@ -13,6 +13,7 @@ from anomalib.pipelines.components.base import Runner
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
+from anomalib_pack.files import replace_file
 from anomalib_pack.sweep.job import LOGS, RESULTS, SweepJobGenerator
 from anomalib_pack.sweep.results import read_rows
 from anomalib_pack.sweep.settings import Plan, read_plan
@@ -105,8 +106,11 @@ def _report(plan: Plan, folder: Path) -> bool:
         if (error := results.get(experiment.key, {"error": "did not run"})["error"])
     }
     text = markdown(tables, {title: error for title, (error, _) in failed.items()})
-    (folder / "results.md").write_text(text, encoding="utf-8")
     console = Console()
+    try:
+        replace_file(folder / "results.md", text.encode())
+    except OSError as error:
+        console.print(error.strerror, markup=False, soft_wrap=True)
     for table in tables:
         console.print(*console_tables(table, console.width))
     if tables:

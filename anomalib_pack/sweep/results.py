@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
+from anomalib_pack.files import replace_file
 
 FIRST = ["job", "model", "dataset", "row", "error"]
 CONFIG = ("accelerator", "seed", "model.", "data.", "trainer.")  # beginnings of columns
@@ -26,18 +28,18 @@ def write_row(row: dict[str, Any], path: Path) -> None:
 
     Jobs on several GPUs end at the same time, so the file is locked. It is replaced as a whole, because another model
     may bring new columns, and so that a kill leaves the old or the new one.
+
+    Raises:
+        OSError: If it cannot be written; the message names it.
     """
     with FileLock(path.with_name(f".{path.name}.lock")):
         rows = [old for old in read_rows(path) if old["job"] != row["job"]]
         rows.append(row)
-        new = path.with_suffix(".new")
-        with new.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, _columns(rows), restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, _columns(rows), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        replace_file(path, text.getvalue().encode())
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:

@@ -1,0 +1,33 @@
+"""Files that are whole or absent, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def replace_file(path: Path, content: bytes | memoryview) -> None:
+    """Write beside the file, then put it in its place.
+
+    Raises:
+        OSError: If it cannot be written; the message names it. An earlier file is still there.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
+    except BaseException:  # Ctrl+C
+        part.unlink(missing_ok=True)
+        raise
+
+
+def unwritable(path: Path, error: OSError) -> OSError:
+    """The error of a file that cannot be written, with its name."""
+    return OSError(error.errno, f"Cannot write {path}: {error.strerror or error}.")

@@ -1,0 +1,139 @@
+"""A disk that is full: files are whole or absent, and a picture never costs the metrics."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.engine import Engine
+from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
+from lightning.pytorch import Callback
+from PIL import Image
+from tiny_model import TinyModel
+
+from anomalib_pack.data import MVTecLoco
+from anomalib_pack.defaults import OneClassDefaults
+from anomalib_pack.files import replace_file
+from anomalib_pack.resuming import KeepTraining, WholeFiles
+from anomalib_pack.sweep import job
+from anomalib_pack.sweep.results import read_rows, write_row
+
+SIZE = 2**20  # bytes
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """Root of a disk of 1 MiB."""
+    root = tmp_path / "disk"
+    root.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(root)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield root
+    subprocess.run(["umount", str(root)], check=True)
+
+
+def fill(root: Path) -> None:
+    """Leave no space."""
+    filler = root / "filler"
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(512))
+
+
+class Tiny(OneClassDefaults, TinyModel):
+    """The tiny model with what the pack's models share, pictures too."""
+
+    def __init__(self) -> None:
+        super().__init__(visualizer=True)
+
+
+class FillInSecondEpoch(Callback):
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        if trainer.current_epoch == 1:
+            fill(self.root)
+
+
+def engine(root: Path, *callbacks: Callback) -> Engine:
+    return Engine(
+        list(callbacks), default_root_dir=root / "runs", accelerator="cpu", max_epochs=2, enable_progress_bar=False
+    )
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def test_file_is_whole_or_absent(disk: Path) -> None:
+    path = disk / "folder" / "file"
+    with pytest.raises(OSError, match=f"Cannot write {path}: No space left"):
+        replace_file(path, bytes(2 * SIZE))
+    assert not list(path.parent.iterdir())
+    replace_file(path, bytes(SIZE // 2))
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(path, bytes(SIZE * 3 // 4))
+    assert [each.name for each in path.parent.iterdir()] == ["file"]
+    assert path.read_bytes() == bytes(SIZE // 2)
+
+
+def test_anomalibs_own_checkpoint_is_cut(disk: Path) -> None:
+    """What the pack's way to write is there for: when this fails, Lightning does better and ours may go."""
+    path = disk / "model.ckpt"
+    with pytest.raises(OSError, match="No space left"):
+        AnomalibCheckpointIO().save_checkpoint({"weights": torch.zeros(SIZE)}, path)
+    assert path.is_file()
+    path.unlink()
+    with pytest.raises(OSError, match=f"Cannot write {path}"):
+        WholeFiles().save_checkpoint({"weights": torch.zeros(SIZE)}, path)
+    assert not list(disk.iterdir())
+
+
+def test_disk_full_in_training(loco: MVTecLoco, disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The timed save warns, the checkpoint of the second validation ends the training, those of before are whole."""
+    with pytest.raises(OSError, match=r"Cannot write .*model.*\.ckpt: No space left"):
+        engine(disk, FillInSecondEpoch(disk), KeepTraining(save_minutes=1e-9)).fit(Tiny(), datamodule=loco)
+    weights = next(disk.rglob("weights/lightning"))
+    assert sorted(each.name for each in weights.iterdir()) == ["model.ckpt", "resume.ckpt"]
+    assert load(weights / "model.ckpt")["global_step"] == 4
+    assert load(weights / "resume.ckpt")["global_step"] == 3
+    assert "resume.ckpt: No space left on device. The training goes on." in caplog.text
+    assert "What was trained up to step 3" in caplog.text
+    assert "anomalib fit --ckpt_path" in caplog.text
+
+
+def test_pictures_do_not_cost_the_metrics(loco: MVTecLoco, disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runs, model = engine(disk), Tiny()
+    runs.fit(model, datamodule=loco)
+    fill(disk)
+    with pytest.warns(UserWarning, match=r"Cannot write .*metrics.csv: No space left"):
+        (metrics,) = runs.test(model, datamodule=loco)
+    assert "image_AUROC" in metrics
+    assert caplog.text.count("Cannot write pictures to") == 1
+    for picture in disk.rglob("*.png"):
+        with Image.open(picture) as image:
+            image.verify()
+
+
+def test_sweep_says_what_is_lost(disk: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of before stay; a row that cannot be written is printed, and the job counts as failed."""
+    results = disk / job.RESULTS
+    write_row({"job": "a", "error": "", "image_AUROC": 0.5}, results)
+    fill(disk)
+    monkeypatch.setattr(job, "in_own_process", lambda *_: {"error": "", "image_AUROC": 0.25})
+    monkeypatch.setattr(job.SweepJob, "_description", lambda _self: {"job": "b"})
+
+    class Experiment:
+        title, key = "Ulsad on tray", "b"
+
+    row = job.SweepJob(Experiment(), disk, "2/2").run()
+    assert "No space left" in row["error"]
+    written = capsys.readouterr().out
+    assert f"Cannot write {results}: No space left on device." in written
+    assert "0.25" in written
+    assert [each["job"] for each in read_rows(results)] == ["a"]
