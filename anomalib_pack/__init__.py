@@ -16,6 +16,10 @@ A map, from the outside in::
     quantiles.py        quantiles of any number of scores
     blur.py             Gaussian blur of maps
     precision.py        what stays in float32 in a network of half precision
+    progress.py         bars, or lines where there is no terminal
+    resuming.py         what is trained is kept when the training is interrupted or fails
+    files.py            files that are whole or absent
+    pictures.py         pictures that never cost the metrics
     training.py         how long models train, when they validate, and that a loss must be a number
     post_processing.py  scores -> normalised scores and decisions
     metrics/            evaluators that report per group

@@ -44,7 +44,7 @@ class SparesMetrics:
         data = trainer.datamodule
         names = {"dataset_name": getattr(data, "name", None), "category": getattr(data, "category", None)}
         for path in batch.image_path or ():
-            picture = generate_output_filename(path, self.output_dir, **names)
+            picture = generate_output_filename(path, self.output_dir, mkdir=False, **names)
             if picture.is_file() and not _is_whole(picture):
                 picture.unlink()
 

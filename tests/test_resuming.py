@@ -204,6 +204,18 @@ def test_a_kill_loses_no_more_than_the_interval(loco_root: Path, tmp_path: Path)
     assert (trainer.current_epoch, trainer.global_step) == (3, 3 * STEPS)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_two_processes_fails(loco_root: Path, tmp_path: Path, rank: int) -> None:
+    """Nobody waits for the one that has failed; the first process saves what it has, or has saved."""
+    script = Path(__file__).with_name("resuming_ddp_run.py")
+    command = [sys.executable, str(script), str(loco_root), str(tmp_path), str(rank)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert run.returncode != 0
+    assert "out of memory" in run.stderr, run.stderr[-3000:]
+    assert load(resume_file(tmp_path))["global_step"] == (3 if rank == 0 else 2)  # 2 steps in an epoch
+
+
 def test_bad_weights_are_not_kept(loco_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The error is the training's own, and the file, where there is one, is from before."""
     with pytest.raises(ValueError, match="loss is nan"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +19,12 @@ from torchvision.transforms.v2 import Compose, RandomGrayscale, Resize, ToDtype,
 
 from anomalib_efficientad.images import ImageFiles, find_images
 from anomalib_pack.checks import require
+from anomalib_pack.files import replace_file
+from anomalib_pack.resuming import WholeFiles
 
 from .lightning_model import TeacherDistillation
+
+logger = logging.getLogger(__name__)
 
 TEACHER_STRIDE = 4  # of both patch description networks
 GRAYSCALE = 0.1  # Alg. 3, lines 6 and 18
@@ -119,6 +125,7 @@ def distill(
         devices=1,
         max_steps=steps,
         max_epochs=1,  # the sampler gives all steps in one; without a limit the bar miscounts after an interruption
+        plugins=[WholeFiles()],
         callbacks=[KeepCheckpoint(checkpoint, every=max(1, min(CHECKPOINT_EVERY, steps // 20)))],
         enable_checkpointing=False,  # Lightning's own
         enable_model_summary=False,
@@ -127,13 +134,17 @@ def distill(
     trainer.fit(module, loader, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
     if trainer.interrupted:  # Lightning may return as if nothing had happened
         raise KeyboardInterrupt
-    torch.save(module.teacher.cpu().state_dict(), out)
+    buffer = io.BytesIO()
+    torch.save(module.teacher.cpu().state_dict(), buffer)
+    replace_file(out, buffer.getbuffer())
     checkpoint.unlink()
     rank_zero_info(f"Wrote the teacher to {out}")
 
 
 class KeepCheckpoint(Callback):
-    """Write a checkpoint every few steps over the last one, and after the first step, which has the statistics.
+    """Write a checkpoint every few steps over the last one.
+
+    Also after the first step, which has the statistics, and when the training is interrupted or fails.
 
     Args:
         path: The file.
@@ -143,11 +154,30 @@ class KeepCheckpoint(Callback):
     def __init__(self, path: Path, every: int) -> None:
         self.path = path
         self.every = every
+        self._saved_step = 0
+
+    def on_train_start(self, trainer: Trainer, _module: TeacherDistillation) -> None:
+        """Save nothing before there is something new."""
+        self._saved_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Write it if it is time."""
         if trainer.global_step == 1 or trainer.global_step % self.every == 0:
-            trainer.save_checkpoint(self.path, weights_only=False)  # with the optimiser's state
+            self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        """Write it, and say how to go on."""
+        if trainer.global_step > self._saved_step:
+            try:
+                self._save(trainer)
+            except Exception as error:  # e.g. weights that are not finite, a full disk
+                logger.warning("The training since step %d is not kept: %s", self._saved_step, error)
+        if self.path.is_file():
+            logger.warning("What was trained is in %s. Go on with the same command.", self.path)
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.path, weights_only=False)  # with the optimiser's state
+        self._saved_step = trainer.global_step
 
 
 def _steps_done(checkpoint: Path) -> int:
