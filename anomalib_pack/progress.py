@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -86,7 +87,8 @@ class ProgressLines(Callback):
         )
 
     def _write(self, line: str) -> None:
-        print(line, flush=True)  # noqa: T201
+        with suppress(OSError):  # a log on a full disk is no reason to stop
+            print(line, flush=True)  # noqa: T201
         self._last = time.monotonic()
 
     def _training(self, trainer: Trainer, epoch: int) -> str:
@@ -123,10 +125,12 @@ class _Lines:
     def write(self, text: str) -> None:
         text = text.strip()
         if text:
-            sys.stderr.write(f"{text}\n")
+            with suppress(OSError):
+                sys.stderr.write(f"{text}\n")
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.flush()
 
 
 def can_draw(stream: Any) -> bool:

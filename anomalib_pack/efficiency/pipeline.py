@@ -80,8 +80,11 @@ def _measure_all(models: list[Entry], settings: Settings, accuracy: dict[str, fl
         if entry.name in accuracy:
             row[settings.metric] = accuracy[entry.name]
         rows.append({"model": entry.name, **row})
-        write_csv(rows, folder / "results.csv")
-        write_markdown(rows, folder / "results.md", settings.metric)
+        try:
+            write_csv(rows, folder / "results.csv")
+            write_markdown(rows, folder / "results.md", settings.metric)
+        except OSError as error:  # e.g. a full disk; the table is printed at the end
+            console.print(error.strerror, markup=False, soft_wrap=True)
     return rows
 
 

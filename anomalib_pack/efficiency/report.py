@@ -13,6 +13,8 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
+from anomalib_pack.files import replace_file
+
 Row = dict[str, Any]
 
 ABOUT_RUN = ("device", "device_name", "threads", "protocol", "warmup", "passes", "runs")
@@ -23,7 +25,8 @@ VERSIONS = ("anomalib_pack", "anomalib", "torch", "timm", "faiss", "cuda", "pyth
 def write_csv(rows: list[Row], path: Path) -> None:
     """Write all columns, one row per model."""
     table = pd.DataFrame(rows).drop(columns="traceback", errors="ignore")
-    table.convert_dtypes().to_csv(path, index=False)  # whole numbers stay whole beside the gaps of a failed model
+    table = table.convert_dtypes()  # whole numbers stay whole beside the gaps of a failed model
+    replace_file(path, table.to_csv(index=False).encode())
 
 
 def write_markdown(rows: list[Row], path: Path, metric: str) -> None:
@@ -45,7 +48,7 @@ def write_markdown(rows: list[Row], path: Path, metric: str) -> None:
     for row in rows:
         cells = _failed(row, header) if "error" in row else _cells(row, header, batches, metric)
         lines.append(_line(cells))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    replace_file(path, ("\n".join(lines) + "\n").encode())
 
 
 def console_table(rows: list[Row]) -> Table:
