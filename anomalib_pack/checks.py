@@ -16,10 +16,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import Normalize
 
-from .progress import progress_bar
-
 from .data.first_look import look
 from .data.image_files import is_constant, names, read
+from .progress import progress_bar
 
 
 def require(name: str, value: Any, allowed: bool, rule: str) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from anomalib.data import AnomalibDataModule
 from jsonargparse import ArgumentParser
-from tqdm.auto import tqdm
 
 from anomalib_pack.data.image_files import map_files
+from anomalib_pack.progress import progress_bar
 
 from .facts import image_facts, mask_facts
 from .findings import Findings, find
@@ -37,7 +37,7 @@ def check(datamodule: AnomalibDataModule) -> tuple[str, int]:
     images = list_images(datamodule)
     unique = list({image.path: image for image in images}.values())
     mask_paths = list(dict.fromkeys(str(path) for image in unique for path in image.masks))
-    with tqdm(total=len(unique) + len(mask_paths), desc="Reading files", leave=False) as bar:
+    with progress_bar(total=len(unique) + len(mask_paths), desc="Reading files", leave=False) as bar:
         facts, masks = {}, {}
         for image, found in zip(unique, map_files(image_facts, unique), strict=True):
             facts[image.path] = found
