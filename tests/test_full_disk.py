@@ -136,6 +136,7 @@ def test_sweep_says_what_is_lost(disk: Path, capsys: pytest.CaptureFixture, monk
     row = job.SweepJob(Experiment(), disk, "2/2").run()
     assert "No space left" in row["error"]
     written = capsys.readouterr().out
-    assert f"Cannot write {results}: No space left on device." in written
+    assert f"Cannot write {results}: No space left on device. Resume with anomalib sweep " in written
+    assert f"--resume {disk}." in written
     assert "0.25" in written
     assert [each["job"] for each in read_rows(results)] == ["a"]

@@ -63,7 +63,8 @@ class SweepJob(Job):
             write_row(row, self.folder / RESULTS)
         except OSError as error:  # e.g. a full disk; without its row the job runs again when the sweep is resumed
             row["error"] = one_line(error)
-            tqdm.write(f"[{self.place}] {error.strerror} Its results are lost: {results}")
+            again = f"anomalib sweep --config {self.folder / 'config.yaml'} --resume {self.folder}"
+            tqdm.write(f"[{self.place}] {error.strerror} Resume with {again}. What is not in it: {results}")
         outcome = "failed" if row["error"] else "done"
         tqdm.write(f"[{self.place}] {outcome} after {time.perf_counter() - start:.0f} s")
         return row

@@ -222,3 +222,21 @@ def test_loss_that_is_not_a_number(photos: Path, tmp_path: Path) -> None:
     kept = torch.load(tmp_path / "t.pth.ckpt", weights_only=True)
     assert kept["global_step"] == 1
     assert all(value.isfinite().all() for value in kept["state_dict"].values())
+
+
+def test_failure_between_two_checkpoints(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The steps since the last checkpoint are kept, and the same command goes on after them."""
+
+    class Failing(TeacherDistillation):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 3:
+                raise RuntimeError("out of memory")
+            return super().training_step(batch, batch_idx)
+
+    monkeypatch.setattr(command, "TeacherDistillation", Failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        distill(photos, tmp_path / "t.pth", **(DISTIL | {"steps": 100}))  # a checkpoint after every fifth step
+    assert torch.load(tmp_path / "t.pth.ckpt", weights_only=True)["global_step"] == 3
+    assert "t.pth.ckpt. Go on with the same command." in caplog.text
