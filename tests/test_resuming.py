@@ -213,7 +213,8 @@ def test_one_of_two_processes_fails(loco_root: Path, tmp_path: Path, rank: int) 
     run = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert run.returncode != 0
     assert "out of memory" in run.stderr, run.stderr[-3000:]
-    assert load(resume_file(tmp_path))["global_step"] == (3 if rank == 0 else 2)  # 2 steps in an epoch
+    kept = load(resume_file(tmp_path))["global_step"]  # there are 2 steps in an epoch
+    assert kept == 3 if rank == 0 else kept in (2, 3)  # the other one is killed, or loses its connection and saves
 
 
 def test_bad_weights_are_not_kept(loco_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
