@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ from PIL import Image
 logger = logging.getLogger(__name__)
 
 
-class SparesMetrics:
-    """Mixin for visualizers, before their class: a picture that cannot be written is said once, and the test goes on.
+class SparingVisualizer(ImageVisualizer):
+    """Anomalib's ``ImageVisualizer`` that never ends a test, before there are metrics, for a picture.
 
-    Anomalib's visualizer ends the test with the first one, before there are metrics.
+    One that cannot be written is said once.
     """
 
     _said = False
@@ -27,8 +29,14 @@ class SparesMetrics:
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: ImageBatch, *arguments: Any
     ) -> None:
         """Draw the pictures of a batch; predictions come here too."""
-        try:
+        with self.sparing_metrics(trainer, batch):
             super().on_test_batch_end(trainer, pl_module, outputs, batch, *arguments)
+
+    @contextmanager
+    def sparing_metrics(self, trainer: Trainer, batch: ImageBatch) -> Iterator[None]:
+        """For the drawing of a batch: say the first picture that cannot be written, and go on."""
+        try:
+            yield
         except OSError as error:
             self._remove_parts(trainer, batch)
             if not self._said:
@@ -56,7 +64,3 @@ def _is_whole(picture: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-class SparingVisualizer(SparesMetrics, ImageVisualizer):
-    """Anomalib's ``ImageVisualizer`` that never ends a test for a picture that cannot be written."""
