@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, RandomGrayscale, Resize, ToDtype, ToImage
 
 from anomalib_pack.backbones import load_fitting, read_state_dict
+from anomalib_pack.checkpoints import FollowsCheckpoint
 from anomalib_pack.checks import check_data, check_pre_processor, require
 from anomalib_pack.defaults import OneClassDefaults
 from anomalib_pack.passes import measures_of_normal_images, one_pass, sum_over_processes, validation_loader
@@ -46,7 +47,9 @@ PENALTY_GRAYSCALE = 0.3  # comments on Alg. 1
 QUANTILES = (0.9, 0.995)  # Alg. 1, lines 56 and 57
 
 
-class DistilledEfficientAd(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, EfficientAd, AnomalibModule):
+class DistilledEfficientAd(
+    EndsOnBadLoss, ValidatesAtTheEnd, FollowsCheckpoint, OneClassDefaults, EfficientAd, AnomalibModule
+):
     """Anomalib's EfficientAd with a teacher and penalty images from local files.
 
     Networks, losses, maps and scores are Anomalib's. What differs:
@@ -88,6 +91,8 @@ class DistilledEfficientAd(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, E
         'DistilledEfficientAd'
     """
 
+    without_effect = ("penalty_images", "lr", "weight_decay")
+
     def __init__(
         self,
         teacher_weights: str | Path = "pretrained_teacher_small.pth",
@@ -126,8 +131,14 @@ class DistilledEfficientAd(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, E
         self.model = DistilledEfficientAdModel(teacher_out_channels, self.model_size, padding, pad_maps)
         check_pre_processor(self)
 
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize to ``image_size`` (height, width), 256 x 256 by default, without normalisation."""
+        return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
+
     def setup(self, stage: str) -> None:
         """Check data and files, take training images one by one, and set the paper's length of training."""
+        super().setup(stage)
         if stage != "fit":
             return
         if isinstance(self.trainer.datamodule, AnomalibDataModule):

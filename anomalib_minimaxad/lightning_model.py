@@ -16,12 +16,14 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from torchvision.transforms.v2 import Compose, Resize
+from torchvision.transforms.v2 import Resize
 
 from anomalib_pack.backbones import plain
+from anomalib_pack.checkpoints import FollowsCheckpoint
 from anomalib_pack.checks import check_data, check_pre_processor, require
 from anomalib_pack.defaults import OneClassDefaults
 from anomalib_pack.passes import share_buffers
+from anomalib_pack.remeasuring import ValidatesForOtherSettings
 from anomalib_pack.training import EndsOnBadLoss, ValidatesAtTheEnd, spread_validations, train_for_paper_epochs
 
 from .loss import MiniMaxAdLoss
@@ -33,7 +35,9 @@ PAPER_EPOCHS = 160  # Sec. 4.1, MVTec AD and VisA with all classes; other data s
 LR_DECAY = 0.995  # for each epoch, Sec. 4.1
 
 
-class MiniMaxAd(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
+class MiniMaxAd(
+    EndsOnBadLoss, ValidatesAtTheEnd, ValidatesForOtherSettings, FollowsCheckpoint, OneClassDefaults, AnomalibModule
+):
     """MiniMaxAD: minimal parameters, maximal effective capacity.
 
     One model for one or many product categories; it is not told which category an image shows. With
@@ -75,6 +79,8 @@ class MiniMaxAd(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModu
         >>> MiniMaxAd(encoder="unireplknet_a", weights=None).name
         'MiniMaxAd'
     """
+
+    without_effect = ("variant", "loss", "p_hard", "p_lim", "lr", "weight_decay")
 
     def __init__(
         self,
@@ -121,8 +127,14 @@ class MiniMaxAd(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModu
         self.loss = MiniMaxAdLoss(loss or VARIANTS[variant], p_hard, p_lim)
         check_pre_processor(self)
 
+    @property
+    def settings(self) -> dict[str, float]:
+        """Values that the thresholds of a checkpoint belong to; with others, testing measures them anew."""
+        return {"top_ratio": self.model.top_ratio, "blur_width": self.model.blur_width}
+
     def setup(self, stage: str) -> None:
         """Check the data, load the encoder's weights, set the paper's length of training and spread validations."""
+        super().setup(stage)
         if stage != "fit":
             return
         if isinstance(self.trainer.datamodule, AnomalibDataModule):
@@ -137,8 +149,9 @@ class MiniMaxAd(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModu
         self.model.train()
 
     def on_validation_start(self) -> None:
-        """Give every process the same BatchNorm statistics."""
+        """Give every process the same BatchNorm statistics, and keep what the scores are computed with."""
         share_buffers(self)
+        self.measured_with = self.settings
 
     def training_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
         """Compute the loss (Eqs. 1 and 6 to 8)."""
@@ -166,4 +179,4 @@ class MiniMaxAd(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModu
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Resize to ``image_size`` (height, width), 256 x 256 as in appendix A by default, without normalisation."""
-        return PreProcessor(transform=Compose([Resize(image_size or (256, 256), antialias=True)]))
+        return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))

@@ -50,18 +50,25 @@ def check_keys(given: Iterable[str], allowed: Sequence[str], where: str) -> None
 
 
 def check_pre_processor(module: AnomalibModule) -> None:
-    """Check the pre-processor of a model whose network normalises images itself and has a ``check_image_size``.
+    """Check the pre-processor of a model whose network normalises images itself.
 
     Raises:
-        ValueError: If its transform contains ``Normalize``, or resizes to a size that the network cannot take.
+        ValueError: If its transform contains ``Normalize``.
     """
-    transform = getattr(module.pre_processor, "transform", None)
-    if transform is None:
-        return
-    if extract_transforms_by_type(transform, Normalize):
+    if extract_transforms_by_type(getattr(module.pre_processor, "transform", None), Normalize):
         msg = f"pre_processor must not contain Normalize: {module.name} normalises RGB in [0, 1] itself."
         raise ValueError(msg)
-    if module.input_size is not None:
+
+
+def check_input_size(module: AnomalibModule) -> None:
+    """Check the size to which the pre-processor of a model resizes, whose network has a ``check_image_size``.
+
+    Not in a constructor: Anomalib's tiled ensemble builds models with a size that is never used.
+
+    Raises:
+        ValueError: If it is one that the network cannot take.
+    """
+    if getattr(module.pre_processor, "transform", None) is not None and module.input_size is not None:
         module.model.check_image_size(module.input_size)
 
 

@@ -57,7 +57,7 @@ def one_pass(module: AnomalibModule, loader: DataLoader, description: str) -> It
             of_one_colour = (high - low < ROUNDING).all(dim=1).nonzero().flatten()
             constant += [batch.image_path[index] for index in of_one_colour] if batch.image_path else []
             on_device = trainer.strategy.batch_to_device(batch, module.device)
-            if module.pre_processor:
+            if getattr(module.pre_processor, "transform", None):  # none in Anomalib's tiled ensemble
                 on_device.image = module.pre_processor.transform(on_device.image)
             on_device.image = trainer.precision_plugin.convert_input(on_device.image)
             yield on_device

@@ -25,10 +25,10 @@ class ValidatesForOtherSettings:
     The model's ``on_validation_start`` sets ``measured_with`` to :attr:`settings`.
     """
 
-    measured_with: dict[str, float] | None = None  # None: nothing has been measured
+    measured_with: dict[str, float | str] | None = None  # None: nothing has been measured
 
     @property
-    def settings(self) -> dict[str, float]:
+    def settings(self) -> dict[str, float | str]:
         """Values that the measurements depend on, by the name of the constructor's argument."""
         raise NotImplementedError
 
@@ -84,8 +84,8 @@ class ValidatesForOtherSettings:
         validate_within(self.trainer)
 
 
-def _listed(settings: dict[str, float]) -> str:
-    return ", ".join(f"{name}={value:g}" for name, value in settings.items())
+def _listed(settings: dict[str, float | str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def _can_validate(trainer: Trainer) -> bool:

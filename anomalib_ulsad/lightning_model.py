@@ -19,9 +19,10 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import Compose, Resize
+from torchvision.transforms.v2 import Resize
 
 from anomalib_pack.backbones import plain
+from anomalib_pack.checkpoints import FollowsCheckpoint
 from anomalib_pack.checks import (
     check_normal_validation_images,
     check_pre_processor,
@@ -47,7 +48,9 @@ from .torch_model import BranchMaps, UlsadModel, combine
 PAPER_EPOCHS = 200  # Sec. 4.1
 
 
-class Ulsad(EndsOnBadLoss, ValidatesAtTheEnd, ValidatesForOtherSettings, OneClassDefaults, AnomalibModule):
+class Ulsad(
+    EndsOnBadLoss, ValidatesAtTheEnd, ValidatesForOtherSettings, FollowsCheckpoint, OneClassDefaults, AnomalibModule
+):
     """ULSAD: Unified framework for Logical and Structural Anomaly Detection.
 
     Training needs a validation set with normal images (they normalise the maps) and images of at least 256 x 256
@@ -88,6 +91,8 @@ class Ulsad(EndsOnBadLoss, ValidatesAtTheEnd, ValidatesForOtherSettings, OneClas
         >>> Ulsad(backbone="resnet18", weights=None, feature_dim=16).name
         'Ulsad'
     """
+
+    without_effect = ("lr", "weight_decay")
 
     branch_maps: BranchMaps | None = None
 
@@ -150,6 +155,7 @@ class Ulsad(EndsOnBadLoss, ValidatesAtTheEnd, ValidatesForOtherSettings, OneClas
 
     def setup(self, stage: str) -> None:
         """Check the data, load the backbone's weights and set the paper's length of training."""
+        super().setup(stage)
         if stage != "fit":
             return
         if isinstance(self.trainer.datamodule, AnomalibDataModule):
@@ -255,7 +261,7 @@ class Ulsad(EndsOnBadLoss, ValidatesAtTheEnd, ValidatesForOtherSettings, OneClas
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Resize to ``image_size`` (height, width), 256 x 256 as in Sec. 4.1 by default, without normalisation."""
-        return PreProcessor(transform=Compose([Resize(image_size or (256, 256), antialias=True)]))
+        return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
 
 
 def explain(maps: BranchMaps) -> list[str]:

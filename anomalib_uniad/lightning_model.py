@@ -18,11 +18,13 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from torchvision.transforms.v2 import Compose, Resize
+from torchvision.transforms.v2 import Resize
 
 from anomalib_pack.backbones import plain
+from anomalib_pack.checkpoints import FollowsCheckpoint
 from anomalib_pack.checks import check_data, check_pre_processor, require
 from anomalib_pack.defaults import OneClassDefaults
+from anomalib_pack.remeasuring import ValidatesForOtherSettings
 from anomalib_pack.training import EndsOnBadLoss, ValidatesAtTheEnd, spread_validations
 
 from .loss import UniadLoss
@@ -33,7 +35,9 @@ LR_DROP_FACTOR = 0.1  # Sec. 4.2
 GRADIENT_NORM = 0.1  # published code
 
 
-class Uniad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
+class Uniad(
+    EndsOnBadLoss, ValidatesAtTheEnd, ValidatesForOtherSettings, FollowsCheckpoint, OneClassDefaults, AnomalibModule
+):
     """UniAD: Unified model for multi-class Anomaly Detection.
 
     One model for one or many product categories; it is not told which category an image shows. With
@@ -89,6 +93,8 @@ class Uniad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         >>> Uniad(backbone="resnet18", layers=["layer1", "layer2"], weights=None, hidden_dim=32).name
         'Uniad'
     """
+
+    without_effect = ("train_backbone", "dropout", "jitter_scale", "jitter_prob", "lr", "weight_decay")
 
     def __init__(
         self,
@@ -162,8 +168,14 @@ class Uniad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         self.loss = UniadLoss(loss)
         check_pre_processor(self)
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """Values that the thresholds of a checkpoint belong to; with others, testing measures them anew."""
+        return {"image_score": self.model.image_score}
+
     def setup(self, stage: str) -> None:
         """Check the data, load the backbone's weights and spread the validations over a long training."""
+        super().setup(stage)
         if stage != "fit":
             return
         if isinstance(self.trainer.datamodule, AnomalibDataModule):
@@ -175,6 +187,10 @@ class Uniad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
     def on_train_start(self) -> None:
         """Leave eval mode, in which Lightning would train a restored model: without jittering and dropout."""
         self.model.train()
+
+    def on_validation_start(self) -> None:
+        """Keep what the scores are computed with."""
+        self.measured_with = self.settings
 
     def training_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
         """Compute the reconstruction loss (Eq. 4)."""
@@ -208,4 +224,4 @@ class Uniad(EndsOnBadLoss, ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Resize to ``image_size`` (height, width), 224 x 224 as in Sec. 4.2 by default, without normalisation."""
-        return PreProcessor(transform=Compose([Resize(image_size or (224, 224), antialias=True)]))
+        return PreProcessor(transform=Resize(image_size or (224, 224), antialias=True))

@@ -19,14 +19,16 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
-from torchvision.transforms.v2 import Compose, Resize
+from torchvision.transforms.v2 import Resize
 
 from anomalib_pack.backbones import plain
+from anomalib_pack.checkpoints import FollowsCheckpoint
 from anomalib_pack.checks import check_normal_validation_images, check_pre_processor, check_training_images, require
 from anomalib_pack.coreset import ChunkedCoreset
 from anomalib_pack.defaults import OneClassDefaults
 from anomalib_pack.passes import gathered_pass, measures_of_normal_images, validation_loader
 from anomalib_pack.progress import hides_progress
+from anomalib_pack.remeasuring import ValidatesForOtherSettings
 from anomalib_pack.training import ValidatesAtTheEnd
 
 from .torch_model import BLOCKS, Features, UnisladModel, Vectors, patch_rows
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 RECALL_QUERIES = 4096  # patches on which an approximate index is compared with the exact search
 
 
-class Unislad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
+class Unislad(ValidatesAtTheEnd, ValidatesForOtherSettings, FollowsCheckpoint, OneClassDefaults, AnomalibModule):
     """UniSLAD: Unified Structural and Logical Anomaly Detection, training-free.
 
     One pass over the training images fills memory banks of patches and measures distributions of images; nothing is
@@ -95,6 +97,8 @@ class Unislad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         >>> Unislad(**small, vit="vit_tiny_patch16_224", weights=None, vit_weights=None).name
         'Unislad'
     """
+
+    without_effect = ("local_ratio", "global_ratio", "shrinkage", "search")
 
     def __init__(
         self,
@@ -170,8 +174,14 @@ class Unislad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         self.nothing = nn.Parameter(torch.zeros(()))
         check_pre_processor(self)
 
+    @property
+    def settings(self) -> dict[str, float]:
+        """Values that the thresholds of a checkpoint belong to; with others, testing measures them anew."""
+        return {"w_i": self.model.w_i, "w_ig": self.model.w_ig, "w": self.model.w}
+
     def setup(self, stage: str) -> None:
         """Check the data and load the networks' weights."""
+        super().setup(stage)
         if stage != "fit":
             return
         if isinstance(self.trainer.datamodule, AnomalibDataModule):
@@ -242,6 +252,7 @@ class Unislad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
         Raises:
             ValueError: If there are none.
         """
+        self.measured_with = self.settings
         if not self.normalize_scores:
             return
         loader = validation_loader(self.trainer)
@@ -275,4 +286,4 @@ class Unislad(ValidatesAtTheEnd, OneClassDefaults, AnomalibModule):
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Resize to ``image_size`` (height, width), 224 x 224 as in Sec. IV-C by default, without normalisation."""
-        return PreProcessor(transform=Compose([Resize(image_size or (224, 224), antialias=True)]))
+        return PreProcessor(transform=Resize(image_size or (224, 224), antialias=True))

@@ -126,15 +126,17 @@ class GroupEvaluator(Evaluator):
 
     def on_test_batch_end(
         self,
-        trainer: Trainer,
-        pl_module: LightningModule,
+        trainer: Trainer | None,
+        pl_module: LightningModule | None,
         outputs: STEP_OUTPUT | None,
         batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Store what the metrics need of the batch."""
-        del outputs
+        if trainer is None:  # Anomalib's tiled ensemble computes the metrics itself, without a run
+            super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+            return
         count = unpadded_count(trainer.test_dataloaders, batch_idx, dataloader_idx)
         fields = {field for metric in self.test_metrics for field in metric.fields} | {"gt_label"}
         samples = copied(select(batch, fields, slice(count)), self._store_device(trainer, pl_module))

@@ -29,6 +29,7 @@ class Case:
     progress: tuple[str, ...]  # labels of the progress bars of long passes
     refused_size: tuple[int, int]  # an input size (height, width) that the networks cannot take
     other_size: tuple[int, int]  # a non-square one that they can
+    scoring: dict[str, Any] = field(default_factory=dict)  # other values of what only scores are computed with
     published: dict[str, Any] = field(default_factory=dict)  # arguments beside the defaults, which are the paper's
     complete: Callable[[AnomalibModule], None] = lambda _model: None  # gives an untrained model what it needs to run
     xfail: dict[str, str] = field(default_factory=dict)  # name of a check -> reason
@@ -86,6 +87,7 @@ CASES = {
         progress=("Checking images",),
         refused_size=(240, 256),  # no multiple of 32
         other_size=(128, 192),
+        scoring={"top_ratio": 0.5, "blur_width": 9},
         xfail={"test_local_weights": "takes the network's name from `backbone`; tests/minimaxad has it for `encoder`"},
     ),
     "Ulsad": Case(
@@ -114,6 +116,7 @@ CASES = {
         progress=("Channel statistics", "Quantiles of normal maps"),
         refused_size=(192, 256),  # below the autoencoder's smallest input
         other_size=(256, 320),
+        scoring={"alpha": 0.5, "beta": 0.6},
     ),
     "Uniad": Case(
         arguments={
@@ -155,6 +158,7 @@ CASES = {
         progress=("Checking images",),
         refused_size=(12, 224),  # lower than the window of the image score's pooling
         other_size=(128, 192),
+        scoring={"image_score": "mean"},
     ),
     "Unislad": Case(
         arguments={
@@ -197,6 +201,7 @@ CASES = {
         progress=("Features", "Coreset of local patches", "Coreset of global patches", "Scores of normal images"),
         refused_size=(200, 224),  # no multiple of the transformer's patches
         other_size=(128, 192),
+        scoring={"w": 0.1, "w_ig": 0.9},
         published={"search": "torch"},  # FAISS needs tensors with values
         complete=fill_banks,
         xfail={

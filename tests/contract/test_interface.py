@@ -10,7 +10,10 @@ from anomalib.data import InferenceBatch
 from anomalib.models import AnomalibModule, get_model, list_models
 from anomalib.utils.path import convert_to_snake_case
 from cases import CASES, Case, registered_models
+from runs import quiet_engine
 from torch import nn
+
+from anomalib_pack.data import MVTecLoco
 
 ROOT = Path(__file__).parents[2]
 PLAIN = (bool, int, float, str, Path, type(None))
@@ -115,12 +118,17 @@ def test_cuda_agrees_with_the_cpu(model: AnomalibModule, precision: torch.dtype,
     assert (on_gpu - on_cpu).abs().mean() < tolerance * (on_cpu.max() - on_cpu.min())
 
 
-def test_size_that_the_networks_cannot_take(model_class: type[AnomalibModule], case: Case) -> None:
-    """Named when the model is built, and again when images of that size come in."""
+def test_size_that_the_networks_cannot_take(
+    model_class: type[AnomalibModule], case: Case, loco: MVTecLoco, tmp_path: Path
+) -> None:
+    """Named when the trainer sets up, and again when images of that size come in; a model can be built with any."""
+    refused = model_class(**case.arguments, pre_processor=model_class.configure_pre_processor(case.refused_size))
+    engine = quiet_engine(tmp_path)
+    for run in (engine.fit, engine.test):
+        with pytest.raises(ValueError, match=str(case.refused_size[0])):
+            run(refused, datamodule=loco)
     with pytest.raises(ValueError, match=str(case.refused_size[0])):
-        model_class(**case.arguments, pre_processor=model_class.configure_pre_processor(case.refused_size))
-    with pytest.raises(ValueError, match=str(case.refused_size[0])):
-        model_class(**case.arguments).model.eval()(images(case.refused_size))
+        refused.model.eval()(images(case.refused_size))
 
 
 def test_documents_name_the_model(name: str, model_class: type[AnomalibModule]) -> None:

@@ -1,0 +1,137 @@
+"""What a model takes from a checkpoint, what it keeps of its own, and that it says so."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+from anomalib.data import AnomalibDataModule
+from anomalib.pre_processing import PreProcessor
+from anomalib.utils.path import paths_to_strings
+from lightning import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from .checks import check_input_size
+from .remeasuring import ValidatesForOtherSettings
+
+logger = logging.getLogger(__name__)
+
+PRE_PROCESSOR = "anomalib_pre_processor_config"  # Anomalib's key in a checkpoint
+OPTIMIZER = ("lr", "weight_decay")  # its state in a checkpoint holds them
+WEIGHTS = ("weights", "vit_weights", "teacher_weights")  # a checkpoint carries what was loaded from there
+
+
+class FollowsCheckpoint:
+    """Mixin for models that a checkpoint is loaded into; stands before ``AnomalibModule``.
+
+    The pre-processor is state of the trained model: the checkpoint's is taken, and the datamodule resizes to its size.
+    Of all other arguments those of the constructor stay, and a warning names each that changes results.
+    """
+
+    without_effect: tuple[str, ...] = ()  # arguments that change nothing in the results of a trained model
+
+    def setup(self, stage: str) -> None:
+        """Check the size of the images.
+
+        Raises:
+            ValueError: If the pre-processor resizes them to a size that the network cannot take.
+        """
+        super().setup(stage)
+        check_input_size(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the components; of a transform that Anomalib cannot store nothing, instead of that there is none."""
+        super().on_save_checkpoint(checkpoint)
+        stored = checkpoint.get(PRE_PROCESSOR)
+        if stored == {"transform": None} and self.pre_processor.transform is not None:
+            del checkpoint[PRE_PROCESSOR]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the checkpoint's pre-processor, in the datamodule too, and say what differs from the constructor's."""
+        trainer = self._trainer  # None in load_from_checkpoint, whose arguments differ on purpose
+        before = {name: getattr(self, name) for name in ("pre_processor", "post_processor")}
+        given = _described(self.pre_processor)
+        if self.pre_processor is None and PRE_PROCESSOR in checkpoint:
+            self.pre_processor = PreProcessor()
+        super().on_load_checkpoint(checkpoint)
+        self._say_what_the_pre_processor_is(checkpoint, given)
+        if trainer is None:
+            return
+        for name, component in before.items():
+            _replace_callback(trainer, component, getattr(self, name))
+        if isinstance(trainer.datamodule, AnomalibDataModule):
+            trainer.datamodule.setup(trainer.state.fn)  # it is set up, this only gives it the pre-processor's resize
+        self._warn_of_other_arguments(checkpoint)
+
+    def _say_what_the_pre_processor_is(self, checkpoint: dict[str, Any], given: str) -> None:
+        taken = _described(self.pre_processor)
+        used_in_training = checkpoint.get("anomalib_components_enabled", {}).get("pre_processor", False)
+        if used_in_training and PRE_PROCESSOR not in checkpoint:
+            _warn(
+                self._trainer,
+                "The checkpoint does not hold the transform of its pre-processor, which Anomalib cannot store: taking "
+                f"the constructor's, {taken}.",
+            )
+        is_default = given == _described(self.configure_pre_processor())  # then load_from_checkpoint was given none
+        if taken != given and not (self._trainer is None and is_default):
+            _warn(
+                self._trainer,
+                f"The pre-processor is the checkpoint's, {taken}, instead of the constructor's, {given}.",
+            )
+
+    def _warn_of_other_arguments(self, checkpoint: dict[str, Any]) -> None:
+        trainer, theirs = self.trainer, checkpoint.get("hyper_parameters", {})
+        ours = {name: self.hparams[name] for name in inspect.signature(type(self)).parameters if name in self.hparams}
+        differing = {
+            name: f"{name}={theirs[name]!r} in the checkpoint, {value!r} here"
+            for name, value in ours.items()
+            if name in theirs and name not in WEIGHTS and _plain(theirs[name]) != _plain(value)
+        }
+        if trainer.state.fn == TrainerFn.FITTING:
+            ignored = [differing.pop(name) for name in OPTIMIZER if name in differing]
+            if ignored:
+                _warn(trainer, f"The checkpoint's optimizer goes on with its own values: {'; '.join(ignored)}.")
+        else:
+            said = self.settings if isinstance(self, ValidatesForOtherSettings) else ()
+            differing = {
+                name: text for name, text in differing.items() if name not in said and name not in self.without_effect
+            }
+        if differing:
+            _warn(
+                trainer,
+                f"Arguments differ from those that the checkpoint was trained with: {'; '.join(differing.values())}. "
+                "Those given here are used, so results differ, and quantiles, normalisation and thresholds are not "
+                "theirs before the next validation. Repeat the checkpoint's values if that is not meant.",
+            )
+
+
+def _described(pre_processor: nn.Module | None) -> str:
+    """A pre-processor's transform in words."""
+    if isinstance(pre_processor, PreProcessor):
+        return str(pre_processor.transform)
+    return str(pre_processor)
+
+
+def _plain(value: Any) -> Any:
+    """A value without the differences that a configuration file makes."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return paths_to_strings(value)
+
+
+def _replace_callback(trainer: Trainer, old: nn.Module | None, new: nn.Module | None) -> None:
+    """Let the trainer call a component that took the place of another, which it holds since the run began."""
+    if old is new:
+        return
+    if old in trainer.callbacks:
+        trainer.callbacks.remove(old)
+    if new is not None:
+        trainer.callbacks.insert(0, new)  # a pre-processor comes before what reads images
+
+
+def _warn(trainer: Trainer | None, message: str) -> None:
+    """Log a warning: the command does not show what is below."""
+    if trainer is None or trainer.is_global_zero:
+        logger.warning(message)
