@@ -91,7 +91,7 @@ class DistilledEfficientAd(
         'DistilledEfficientAd'
     """
 
-    without_effect = ("penalty_images", "lr", "weight_decay")
+    without_effect = ("penalty_images",)
 
     def __init__(
         self,

@@ -80,7 +80,7 @@ class MiniMaxAd(
         'MiniMaxAd'
     """
 
-    without_effect = ("variant", "loss", "p_hard", "p_lim", "lr", "weight_decay")
+    without_effect = ("variant", "loss", "p_hard", "p_lim")
 
     def __init__(
         self,

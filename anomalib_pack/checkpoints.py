@@ -8,6 +8,7 @@ from typing import Any
 
 from anomalib.data import AnomalibDataModule
 from anomalib.pre_processing import PreProcessor
+from anomalib.pre_processing.utils.spec import spec_to_transform, transform_to_spec
 from anomalib.utils.path import paths_to_strings
 from lightning import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,7 +20,7 @@ from .remeasuring import ValidatesForOtherSettings
 logger = logging.getLogger(__name__)
 
 PRE_PROCESSOR = "anomalib_pre_processor_config"  # Anomalib's key in a checkpoint
-OPTIMIZER = ("lr", "weight_decay")  # its state in a checkpoint holds them
+OPTIMIZER = ("lr", "weight_decay")  # for training alone, and its state in a checkpoint holds them
 WEIGHTS = ("weights", "vit_weights", "teacher_weights")  # a checkpoint carries what was loaded from there
 
 
@@ -94,10 +95,10 @@ class FollowsCheckpoint:
             if ignored:
                 _warn(trainer, f"The checkpoint's optimizer goes on with its own values: {'; '.join(ignored)}.")
         else:
-            said = self.settings if isinstance(self, ValidatesForOtherSettings) else ()
-            differing = {
-                name: text for name, text in differing.items() if name not in said and name not in self.without_effect
-            }
+            silent = {*self.without_effect, *OPTIMIZER}
+            if isinstance(self, ValidatesForOtherSettings):
+                silent |= self.settings.keys()  # it says so itself, and measures anew
+            differing = {name: text for name, text in differing.items() if name not in silent}
         if differing:
             _warn(
                 trainer,
@@ -108,10 +109,12 @@ class FollowsCheckpoint:
 
 
 def _described(pre_processor: nn.Module | None) -> str:
-    """A pre-processor's transform in words."""
-    if isinstance(pre_processor, PreProcessor):
-        return str(pre_processor.transform)
-    return str(pre_processor)
+    """A pre-processor's transform in words, the same before and after a checkpoint."""
+    transform = getattr(pre_processor, "transform", None)
+    try:
+        return str(spec_to_transform(transform_to_spec(transform)))
+    except ValueError:  # not one that Anomalib stores
+        return str(transform)
 
 
 def _plain(value: Any) -> Any:

@@ -92,8 +92,6 @@ class Ulsad(
         'Ulsad'
     """
 
-    without_effect = ("lr", "weight_decay")
-
     branch_maps: BranchMaps | None = None
 
     def __init__(

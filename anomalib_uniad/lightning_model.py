@@ -94,7 +94,7 @@ class Uniad(
         'Uniad'
     """
 
-    without_effect = ("train_backbone", "dropout", "jitter_scale", "jitter_prob", "lr", "weight_decay")
+    without_effect = ("train_backbone", "dropout", "jitter_scale", "jitter_prob")
 
     def __init__(
         self,
