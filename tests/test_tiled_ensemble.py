@@ -1,5 +1,6 @@
 """Anomalib's tiled ensemble, which builds models itself and takes their resize away."""
 
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -48,6 +49,17 @@ class SmallUnislad(Unislad):
         )
 
 
+def mvtec_ad(category: Path, root: Path) -> Path:
+    """Copy a category of MVTec LOCO into MVTec AD's layout, which has one mask for each image."""
+    for part in ("train/good", "test/good", "test/structural_anomalies"):
+        shutil.copytree(category / part, root / "tray" / part)
+    masks = root / "tray" / "ground_truth" / "structural_anomalies"
+    masks.mkdir(parents=True)
+    for folder in (category / "ground_truth" / "structural_anomalies").iterdir():
+        shutil.copy(next(folder.iterdir()), masks / f"{folder.name}_mask.png")
+    return root
+
+
 @pytest.mark.parametrize("model", [SmallUniad, SmallUnislad])
 def test_a_model_for_each_tile(
     model: type, loco_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
@@ -63,17 +75,15 @@ def test_a_model_for_each_tile(
         "normalization_stage": "image",
         "thresholding_stage": "image",
         "data": {
-            "class_path": "Folder",
+            "class_path": "MVTecAD",
             "init_args": {
-                "name": "tray",
-                "root": str(loco_root / "tray"),
-                "normal_dir": "train/good",
-                "normal_test_dir": "test/good",
-                "abnormal_dir": "test/structural_anomalies",
+                "root": str(mvtec_ad(loco_root / "tray", tmp_path / "data")),
+                "category": "tray",
                 "train_batch_size": 4,
                 "eval_batch_size": 4,
                 "num_workers": 0,
                 "val_split_mode": "from_train",
+                "val_split_ratio": 0.3,
                 "test_split_mode": "from_dir",
             },
         },
