@@ -137,7 +137,7 @@ class DistilledEfficientAd(
         return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
 
     def setup(self, stage: str) -> None:
-        """Check data and files, take training images one by one, and set the paper's length of training."""
+        """Check data and penalty images, take training images one by one, and set the paper's length of training."""
         super().setup(stage)
         if stage != "fit":
             return
@@ -145,12 +145,15 @@ class DistilledEfficientAd(
             check_data(self.trainer.datamodule)
             _take_images_one_by_one(self.trainer.datamodule)
         self.penalty_paths = find_images("penalty_images", self.imagenet_dir)
-        if self.trainer.ckpt_path is None:  # a checkpoint carries the teacher and its statistics
-            self._load_teacher()
         if self.trainer.max_epochs == LIGHTNING_DEFAULT_EPOCHS and self.trainer.max_steps < 0:
             logger.info("Neither max_epochs nor max_steps was set: training for the paper's %d steps.", PAPER_STEPS)
             self.trainer.fit_loop.max_epochs = -1
             self.trainer.fit_loop.epoch_loop.max_steps = PAPER_STEPS
+
+    def on_fit_start(self) -> None:
+        """Load the teacher; a checkpoint carries it and its statistics."""
+        if self.trainer.ckpt_path is None:  # in setup this is still what the run before had
+            self._load_teacher()
 
     def _load_teacher(self) -> None:
         if not self.teacher_weights.is_file():

@@ -117,7 +117,7 @@ class MiniMaxAd(
         self.weight_decay = weight_decay
         self.model = MiniMaxAdModel(
             encoder,
-            weights=None,  # loaded in setup, so that neither building nor restoring a model needs files or a network
+            weights=None,  # loaded when training starts: neither building nor restoring a model needs files or a network
             grn=grn,
             encoder_block=encoder_block,
             decoder_block=decoder_block,
@@ -133,16 +133,19 @@ class MiniMaxAd(
         return {"top_ratio": self.model.top_ratio, "blur_width": self.model.blur_width}
 
     def setup(self, stage: str) -> None:
-        """Check the data, load the encoder's weights, set the paper's length of training and spread validations."""
+        """Check the data, set the paper's length of training and spread the validations over it."""
         super().setup(stage)
         if stage != "fit":
             return
         if isinstance(self.trainer.datamodule, AnomalibDataModule):
             check_data(self.trainer.datamodule)
-        if self.trainer.ckpt_path is None:  # a checkpoint carries the weights
-            self.model.encoder.load_weights(self.weights)
         train_for_paper_epochs(self.trainer, PAPER_EPOCHS)
         spread_validations(self.trainer)
+
+    def on_fit_start(self) -> None:
+        """Load the encoder's weights; a checkpoint carries them."""
+        if self.trainer.ckpt_path is None:  # in setup this is still what the run before had
+            self.model.encoder.load_weights(self.weights)
 
     def on_train_start(self) -> None:
         """Leave eval mode, in which Lightning would train a restored model: with merged blocks."""

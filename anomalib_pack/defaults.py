@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from anomalib import LearningType
+from anomalib.deploy import CompressionType
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import Callback
+from lightning_utilities.core.imports import module_available
 
 from .exporting import AntialiasingByProducts, check_any_size, keep_antialiasing
 from .metrics import GroupEvaluator, default_test_metrics
@@ -97,3 +99,30 @@ class OneClassDefaults:
             check_any_size(self.pre_processor)
         with AntialiasingByProducts():
             return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to OpenVINO, after a look at what it takes.
+
+        Args:
+            export_root: Folder of the exported model.
+            model_file_name: Its name.
+            input_size: Height and width of all images, ``None`` for images of any size.
+            compression_type: As in all Anomalib models.
+            **kwargs: As in all Anomalib models.
+
+        Raises:
+            ModuleNotFoundError: If OpenVINO is not installed, or NNCF, which all INT8 types need.
+        """
+        needed = ["openvino"] if compression_type in {None, CompressionType.FP16} else ["openvino", "nncf"]
+        missing = [name for name in needed if not module_available(name)]
+        if missing:
+            msg = f'This export needs {" and ".join(missing)}: pip install "anomalib-pack[export]".'
+            raise ModuleNotFoundError(msg)
+        return super().to_openvino(export_root, model_file_name, input_size, compression_type, **kwargs)

@@ -134,7 +134,7 @@ class Ulsad(
         self.model = UlsadModel(
             backbone,
             layers,
-            weights=None,  # loaded in setup, so that neither building nor restoring a model needs files or a network
+            weights=None,  # loaded when training starts: neither building nor restoring a model needs files or a network
             feature_dim=feature_dim,
             lambda_l=lambda_l,
             lambda_g=lambda_g,
@@ -152,7 +152,7 @@ class Ulsad(
         return {"alpha": alpha, "beta": beta, "lambda_l": self.model.lambda_l, "lambda_g": self.model.lambda_g}
 
     def setup(self, stage: str) -> None:
-        """Check the data, load the backbone's weights and set the paper's length of training."""
+        """Check the data and set the paper's length of training."""
         super().setup(stage)
         if stage != "fit":
             return
@@ -162,9 +162,12 @@ class Ulsad(
         if not self.trainer.enable_validation:
             msg = "Ulsad needs validation to normalise its maps: give validation images and no limit_val_batches=0."
             raise ValueError(msg)
-        if self.trainer.ckpt_path is None:  # a checkpoint carries the weights
-            self.model.backbone.load_weights(self.weights)
         train_for_paper_epochs(self.trainer, PAPER_EPOCHS)
+
+    def on_fit_start(self) -> None:
+        """Load the backbone's weights; a checkpoint carries them."""
+        if self.trainer.ckpt_path is None:  # in setup this is still what the run before had
+            self.model.backbone.load_weights(self.weights)
 
     def on_train_start(self) -> None:
         """Measure the channel statistics mu and sigma of Algorithm 1 over the training set.

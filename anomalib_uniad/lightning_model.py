@@ -145,7 +145,7 @@ class Uniad(
         self.model = UniadModel(
             backbone,
             layers,
-            weights=None,  # loaded in setup, so that neither building nor restoring a model needs files or a network
+            weights=None,  # loaded when training starts: neither building nor restoring a model needs files or a network
             train_backbone=train_backbone,
             reconstruction=reconstruction,
             feature_size=feature_size,
@@ -174,15 +174,18 @@ class Uniad(
         return {"image_score": self.model.image_score}
 
     def setup(self, stage: str) -> None:
-        """Check the data, load the backbone's weights and spread the validations over a long training."""
+        """Check the data and spread the validations over a long training."""
         super().setup(stage)
         if stage != "fit":
             return
         if isinstance(self.trainer.datamodule, AnomalibDataModule):
             check_data(self.trainer.datamodule)
-        if self.trainer.ckpt_path is None:  # a checkpoint carries the weights
-            self.model.backbone.load_weights(self.weights)
         spread_validations(self.trainer)
+
+    def on_fit_start(self) -> None:
+        """Load the backbone's weights; a checkpoint carries them."""
+        if self.trainer.ckpt_path is None:  # in setup this is still what the run before had
+            self.model.backbone.load_weights(self.weights)
 
     def on_train_start(self) -> None:
         """Leave eval mode, in which Lightning would train a restored model: without jittering and dropout."""

@@ -149,7 +149,7 @@ class Unislad(ValidatesAtTheEnd, ValidatesForOtherSettings, FollowsCheckpoint, O
             blocks,
             vit,
             vit_layer,
-            weights=None,  # loaded in setup, so that neither building nor restoring a model needs files or a network
+            weights=None,  # loaded when training starts: neither building nor restoring a model needs files or a network
             vit_weights=None,
             local_dim=local_dim,
             patch_size=patch_size,
@@ -180,7 +180,7 @@ class Unislad(ValidatesAtTheEnd, ValidatesForOtherSettings, FollowsCheckpoint, O
         return {"w_i": self.model.w_i, "w_ig": self.model.w_ig, "w": self.model.w}
 
     def setup(self, stage: str) -> None:
-        """Check the data and load the networks' weights."""
+        """Check the data."""
         super().setup(stage)
         if stage != "fit":
             return
@@ -194,7 +194,10 @@ class Unislad(ValidatesAtTheEnd, ValidatesForOtherSettings, FollowsCheckpoint, O
                 "limit_val_batches=0, or set normalize_scores=False."
             )
             raise ValueError(msg)
-        if self.trainer.ckpt_path is None:  # a checkpoint carries the weights
+
+    def on_fit_start(self) -> None:
+        """Load the networks' weights; a checkpoint carries them."""
+        if self.trainer.ckpt_path is None:  # in setup this is still what the run before had
             for network, weights in ((self.model.backbone, self.weights), (self.model.vit, self.vit_weights)):
                 if network is not None:
                     network.load_weights(weights)

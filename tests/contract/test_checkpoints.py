@@ -83,3 +83,16 @@ def test_thresholds_belong_to_the_scores(
     assert any(not torch.equal(value, after[name]) for name, value in before.items())  # the values matter
     for name, value in model.post_processor.state_dict().items():
         torch.testing.assert_close(value, after[name], atol=0, rtol=0, equal_nan=True)
+
+
+def test_weights_come_from_the_checkpoint_of_this_run(
+    tested: Reference, model_class: type[AnomalibModule], case: Case, loco: MVTecLoco, tmp_path: Path
+) -> None:
+    """A training that goes on needs no file of weights; one that begins does, whatever the engine did before."""
+    missing = {name: str(tmp_path / "nowhere.pth") for name in ("weights", "teacher_weights") if name in case.arguments}
+    model = model_class(**(case.arguments | missing))
+    engine = quiet_engine(tmp_path, max_epochs=1)
+    engine.fit(model, datamodule=loco, ckpt_path=tested.checkpoint)
+    engine.test(model, datamodule=loco, ckpt_path=tested.checkpoint)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        engine.fit(model, datamodule=loco)
