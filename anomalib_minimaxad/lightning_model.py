@@ -117,7 +117,7 @@ class MiniMaxAd(
         self.weight_decay = weight_decay
         self.model = MiniMaxAdModel(
             encoder,
-            weights=None,  # loaded when training starts: neither building nor restoring a model needs files or a network
+            weights=None,  # loaded when training starts: neither building nor restoring a model needs a file or network
             grn=grn,
             encoder_block=encoder_block,
             decoder_block=decoder_block,

@@ -134,7 +134,7 @@ class Ulsad(
         self.model = UlsadModel(
             backbone,
             layers,
-            weights=None,  # loaded when training starts: neither building nor restoring a model needs files or a network
+            weights=None,  # loaded when training starts: neither building nor restoring a model needs a file or network
             feature_dim=feature_dim,
             lambda_l=lambda_l,
             lambda_g=lambda_g,

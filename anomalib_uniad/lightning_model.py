@@ -145,7 +145,7 @@ class Uniad(
         self.model = UniadModel(
             backbone,
             layers,
-            weights=None,  # loaded when training starts: neither building nor restoring a model needs files or a network
+            weights=None,  # loaded when training starts: neither building nor restoring a model needs a file or network
             train_backbone=train_backbone,
             reconstruction=reconstruction,
             feature_size=feature_size,

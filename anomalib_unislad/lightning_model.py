@@ -149,7 +149,7 @@ class Unislad(ValidatesAtTheEnd, ValidatesForOtherSettings, FollowsCheckpoint, O
             blocks,
             vit,
             vit_layer,
-            weights=None,  # loaded when training starts: neither building nor restoring a model needs files or a network
+            weights=None,  # loaded when training starts: neither building nor restoring a model needs a file or network
             vit_weights=None,
             local_dim=local_dim,
             patch_size=patch_size,

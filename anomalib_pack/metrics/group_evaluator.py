@@ -9,7 +9,7 @@ Each metric is computed by its own class on fields of the test batches that are 
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -76,7 +76,8 @@ class GroupEvaluator(Evaluator):
     ``default_test_metrics``; without one of them it is not reported.
 
     Args:
-        val_metrics: Validation metrics, as in Anomalib's ``Evaluator``.
+        val_metrics: Validation metrics, as in Anomalib's ``Evaluator``: of scores and maps, because labels and masks
+            are predicted in tests only.
         test_metrics: Test metrics; None means :func:`default_test_metrics`.
         compute_on_cpu: Keep the stored fields in main memory; without effect with several devices, as in Anomalib.
         group_by: ``"group"`` uses the batch's field of that name, with one string per image, and ``""`` for images
@@ -84,7 +85,8 @@ class GroupEvaluator(Evaluator):
             anomalous images, which is the type of defect in MVTec AD; normal images belong to every group.
 
     Raises:
-        ValueError: If ``group_by`` is neither of the two, or two metrics have one name.
+        ValueError: If ``group_by`` is neither of the two, two metrics have one name, or a validation metric needs
+            labels or masks that are predicted.
 
     Example:
         >>> from anomalib.models import Patchcore
@@ -103,6 +105,7 @@ class GroupEvaluator(Evaluator):
             msg = f"group_by must be 'group' or 'folder', got {group_by!r}."
             raise ValueError(msg)
         super().__init__(val_metrics, compute_on_cpu=compute_on_cpu)
+        _check_fields(self.val_metrics)
         # A plain list in place of the module list: AUPRO's buffer would enter checkpoints, which then could be loaded
         # with this evaluator only.
         del self.test_metrics
@@ -231,6 +234,18 @@ class GroupEvaluator(Evaluator):
         if self._table is not None:
             Console().print(self._table)
             self._table = None
+
+
+def _check_fields(val_metrics: Iterable[AnomalibMetric]) -> None:
+    for metric in val_metrics:
+        predicted = [field for field in metric.fields if field in {"pred_label", "pred_mask"}]
+        if predicted:
+            msg = (
+                f"val_metrics must not need {' and '.join(predicted)}, as {metric.name} does: labels and masks are "
+                "predicted in tests only, with the thresholds that a validation finds. Use pred_score and anomaly_map, "
+                "e.g. AUROC or F1Max, or make it a test metric."
+            )
+            raise ValueError(msg)
 
 
 def _check_names(argument: str, names: Sequence[str]) -> None:

@@ -314,6 +314,14 @@ def test_metrics_of_one_name_are_refused():
         GroupEvaluator(val_metrics=[AUROC(fields=["pred_score", "gt_label"]), AUROC(fields=["anomaly_map", "gt_mask"])])
 
 
+def test_validation_metrics_of_labels_are_refused():
+    """Anomalib's post-processor predicts them in tests only."""
+    for field, truth in (("pred_label", "gt_label"), ("pred_mask", "gt_mask")):
+        with pytest.raises(ValueError, match=f"must not need {field}, as val_F1Score does.* in tests only"):
+            GroupEvaluator(val_metrics=F1Score(fields=[field, truth], prefix="val_"))
+        GroupEvaluator(test_metrics=F1Score(fields=[field, truth]))
+
+
 def test_another_limit_is_part_of_the_name(loco, tmp_path):
     metrics = [*default_test_metrics(), pixel.AUPRO(fpr_limit=0.05, prefix="pixel_", strict=False)]
     loco.setup()
