@@ -8,12 +8,14 @@ import openvino
 import pytest
 import torch
 from anomalib.data.transforms import ExportableCenterCrop, SquarePad
+from anomalib.deploy import CompressionType
 from anomalib.models import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from tiny_model import TinyModel
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import CenterCrop, Compose, Grayscale, InterpolationMode, Normalize, Resize, Transform
 
+from anomalib_pack import defaults
 from anomalib_pack.defaults import OneClassDefaults
 from anomalib_pack.exporting import AntialiasingByProducts, cubic, filter_weights, resize, triangle
 
@@ -144,3 +146,13 @@ def test_runtimes_agree(transform: Transform, tmp_path: Path) -> None:
         for result in (session.run(None, {session.get_inputs()[0].name: images.numpy()}), exact(images.numpy())):
             np.testing.assert_allclose(result[0], expected, atol=1e-4, rtol=0)
         np.testing.assert_allclose(default(images.numpy())[0], expected, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [CompressionType.INT8, CompressionType.INT8_PTQ, CompressionType.INT8_ACQ])
+def test_what_to_install_is_said_before_the_conversion(
+    kind: CompressionType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(defaults, "module_available", lambda name: name != "nncf")
+    with pytest.raises(ModuleNotFoundError, match=r'needs nncf: pip install "anomalib-pack\[export\]"'):
+        PackModel().to_openvino(tmp_path, input_size=(32, 32), compression_type=kind)
+    assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ import pytest
 import torch
 from anomalib.data import MVTecAD, MVTecLOCO
 from anomalib.engine import Engine
-from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max
+from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max, F1Score
 from anomalib.models import Patchcore
 from anomalib.post_processing import PostProcessor
 from lightning import seed_everything
