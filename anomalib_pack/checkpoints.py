@@ -20,6 +20,7 @@ from .remeasuring import ValidatesForOtherSettings
 logger = logging.getLogger(__name__)
 
 PRE_PROCESSOR = "anomalib_pre_processor_config"  # Anomalib's key in a checkpoint
+COMPONENTS = ("pre_processor", "post_processor")  # those with a configuration in a checkpoint
 OPTIMIZER = ("lr", "weight_decay")  # for training alone, and its state in a checkpoint holds them
 WEIGHTS = ("weights", "vit_weights", "teacher_weights")  # a checkpoint carries what was loaded from there
 
@@ -28,6 +29,7 @@ class FollowsCheckpoint:
     """Mixin for models that a checkpoint is loaded into; stands before ``AnomalibModule``.
 
     The pre-processor is state of the trained model: the checkpoint's is taken, and the datamodule resizes to its size.
+    So are, as Anomalib has it, the switches of the post-processor.
     Of all other arguments those of the constructor stay, and a warning names each that changes results.
     """
 
@@ -46,18 +48,18 @@ class FollowsCheckpoint:
         """Save the components; of a transform that Anomalib cannot store nothing, instead of that there is none."""
         super().on_save_checkpoint(checkpoint)
         stored = checkpoint.get(PRE_PROCESSOR)
-        if stored == {"transform": None} and self.pre_processor.transform is not None:
+        if stored == {"transform": None} and getattr(self.pre_processor, "transform", None) is not None:
             del checkpoint[PRE_PROCESSOR]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the checkpoint's pre-processor, in the datamodule too, and say what differs from the constructor's."""
         trainer = self._trainer  # None in load_from_checkpoint, whose arguments differ on purpose
-        before = {name: getattr(self, name) for name in ("pre_processor", "post_processor")}
-        given = _described(self.pre_processor)
+        before = {name: getattr(self, name) for name in COMPONENTS}
+        given = {name: _described(component) for name, component in before.items()}
         if self.pre_processor is None and PRE_PROCESSOR in checkpoint:
             self.pre_processor = PreProcessor()
         super().on_load_checkpoint(checkpoint)
-        self._say_what_the_pre_processor_is(checkpoint, given)
+        self._say_what_the_components_are(checkpoint, given)
         if trainer is None:
             return
         for name, component in before.items():
@@ -66,21 +68,24 @@ class FollowsCheckpoint:
             trainer.datamodule.setup(trainer.state.fn)  # it is set up, this only gives it the pre-processor's resize
         self._warn_of_other_arguments(checkpoint)
 
-    def _say_what_the_pre_processor_is(self, checkpoint: dict[str, Any], given: str) -> None:
-        taken = _described(self.pre_processor)
+    def _say_what_the_components_are(self, checkpoint: dict[str, Any], given: dict[str, str]) -> None:
+        taken = {name: _described(getattr(self, name)) for name in COMPONENTS}
         used_in_training = checkpoint.get("anomalib_components_enabled", {}).get("pre_processor", False)
         if used_in_training and PRE_PROCESSOR not in checkpoint:
             _warn(
                 self._trainer,
                 "The checkpoint does not hold the transform of its pre-processor, which Anomalib cannot store: taking "
-                f"the constructor's, {taken}.",
+                f"the constructor's, {taken['pre_processor']}.",
             )
-        is_default = given == _described(self.configure_pre_processor())  # then load_from_checkpoint was given none
-        if taken != given and not (self._trainer is None and is_default):
-            _warn(
-                self._trainer,
-                f"The pre-processor is the checkpoint's, {taken}, instead of the constructor's, {given}.",
-            )
+        for name, configure in zip(
+            COMPONENTS, (self.configure_pre_processor, self.configure_post_processor), strict=True
+        ):
+            is_default = given[name] == _described(configure())  # then load_from_checkpoint was given none
+            if taken[name] != given[name] and not (self._trainer is None and is_default):
+                _warn(
+                    self._trainer,
+                    f"The {name} is the checkpoint's, {taken[name]}, instead of the constructor's, {given[name]}.",
+                )
 
     def _warn_of_other_arguments(self, checkpoint: dict[str, Any]) -> None:
         trainer, theirs = self.trainer, checkpoint.get("hyper_parameters", {})
@@ -108,13 +113,16 @@ class FollowsCheckpoint:
             )
 
 
-def _described(pre_processor: nn.Module | None) -> str:
-    """A pre-processor's transform in words, the same before and after a checkpoint."""
-    transform = getattr(pre_processor, "transform", None)
+def _described(component: nn.Module | None) -> str:
+    """What results depend on in a component, the same before and after a checkpoint."""
+    if component is None:
+        return "none"
+    if not isinstance(component, PreProcessor):
+        return str(component.checkpoint_config() if hasattr(component, "checkpoint_config") else type(component))
     try:
-        return str(spec_to_transform(transform_to_spec(transform)))
-    except ValueError:  # not one that Anomalib stores
-        return str(transform)
+        return str(spec_to_transform(transform_to_spec(component.transform)))
+    except ValueError:  # not a transform that Anomalib stores
+        return str(component.transform)
 
 
 def _plain(value: Any) -> Any:

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from anomalib import LearningType
 from anomalib.engine import Engine
-from anomalib.models import AnomalibModule
+from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from tiny_model import TinyNet
+from tiny_model import TinyModel, TinyNet
 from torch import nn
 from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, Resize
 
@@ -23,8 +22,8 @@ class Net(TinyNet):
         assert len(size) == 2
 
 
-class Followed(FollowsCheckpoint, AnomalibModule):
-    """A model with arguments of all kinds, the last four as in all models."""
+class Followed(FollowsCheckpoint, TinyModel):
+    """The tiny model with arguments of all kinds."""
 
     without_effect = ("margin",)
 
@@ -37,33 +36,13 @@ class Followed(FollowsCheckpoint, AnomalibModule):
         weights=None,
         pre_processor=True,
         post_processor=True,
-        evaluator=False,
-        visualizer=False,
     ):
-        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        super().__init__(pre_processor, post_processor, evaluator=False)
         self.model = Net()
         self.lr = lr
 
-    @staticmethod
-    def configure_pre_processor(image_size=None):
-        return PreProcessor(transform=Resize(image_size or (32, 32), antialias=True))
-
-    @property
-    def learning_type(self):
-        return LearningType.ONE_CLASS
-
-    @property
-    def trainer_arguments(self):
-        return {"num_sanity_val_steps": 0}
-
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=self.lr)
-
-    def training_step(self, batch, _batch_idx):
-        return self.model(batch.image).mean()
-
-    def validation_step(self, batch, _batch_idx):
-        return batch.update(**self.model(batch.image)._asdict())
 
 
 def engine(root: Path, **arguments) -> Engine:
@@ -141,8 +120,21 @@ def test_components_that_a_checkpoint_does_not_have(
     assert first.anomaly_map.shape[-2:] == (64, 64)
     assert first.pred_score.min() > 1  # not normalised
     assert model.pre_processor is None
+    first, second = said(caplog)
+    assert "pre_processor is the checkpoint's, none, instead of the constructor's, Resize(size=[32, 32]" in first
+    assert "post_processor is the checkpoint's, none" in second
+
+
+def test_switches_of_the_post_processor(loco: MVTecLoco, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Anomalib takes the checkpoint's."""
+    checkpoint = trained(loco, tmp_path)
+    model = Followed(post_processor=PostProcessor(image_sensitivity=0.9))
+    engine(tmp_path).test(model, datamodule=loco, ckpt_path=checkpoint)
+    assert model.post_processor.image_sensitivity == 0.5
     [line] = said(caplog)
-    assert "checkpoint's, None, instead of the constructor's, Resize(size=[32, 32]" in line
+    before, after = line.split("instead of")
+    assert "'image_sensitivity': 0.5" in before
+    assert "'image_sensitivity': 0.9" in after
 
 
 def test_a_transform_that_cannot_be_stored(loco: MVTecLoco, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
