@@ -269,9 +269,10 @@ class DistilledEfficientAd(
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def __getstate__(self) -> dict:
-        """Leave the penalty images out of exported models."""
+        """Leave the penalty images out of exported models, and the trainer, which Lightning leaves out of others."""
         left_out = ("imagenet_loader", "penalty_paths")
-        return {name: value for name, value in super().__getstate__().items() if name not in left_out}
+        state = {name: value for name, value in super().__getstate__().items() if name not in left_out}
+        return state | {"_trainer": None}
 
 
 def _take_images_one_by_one(datamodule: AnomalibDataModule) -> None:
