@@ -152,6 +152,7 @@ class DistilledEfficientAd(
 
     def on_fit_start(self) -> None:
         """Load the teacher; a checkpoint carries it and its statistics."""
+        super().on_fit_start()
         if self.trainer.ckpt_path is None:  # in setup this is still what the run before had
             self._load_teacher()
 

@@ -144,6 +144,7 @@ class MiniMaxAd(
 
     def on_fit_start(self) -> None:
         """Load the encoder's weights; a checkpoint carries them."""
+        super().on_fit_start()
         if self.trainer.ckpt_path is None:  # in setup this is still what the run before had
             self.model.encoder.load_weights(self.weights)
 

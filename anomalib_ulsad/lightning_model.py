@@ -166,6 +166,7 @@ class Ulsad(
 
     def on_fit_start(self) -> None:
         """Load the backbone's weights; a checkpoint carries them."""
+        super().on_fit_start()
         if self.trainer.ckpt_path is None:  # in setup this is still what the run before had
             self.model.backbone.load_weights(self.weights)
 

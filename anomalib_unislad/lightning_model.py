@@ -197,6 +197,7 @@ class Unislad(ValidatesAtTheEnd, ValidatesForOtherSettings, FollowsCheckpoint, O
 
     def on_fit_start(self) -> None:
         """Load the networks' weights; a checkpoint carries them."""
+        super().on_fit_start()
         if self.trainer.ckpt_path is None:  # in setup this is still what the run before had
             for network, weights in ((self.model.backbone, self.weights), (self.model.vit, self.vit_weights)):
                 if network is not None:
