@@ -13,6 +13,7 @@ from anomalib_pack.efficiency import models
 from anomalib_pack.efficiency.measurement import measure, measure_or_error
 from anomalib_pack.efficiency.settings import Entry, Settings
 from anomalib_pack.efficiency.timing import networks_alone
+from anomalib_pack.process import in_own_process
 
 TINY_PATCHCORE = {"backbone": "resnet18", "layers": ["layer2"], "pre_trained": False, "coreset_sampling_ratio": 0.25}
 
@@ -76,16 +77,25 @@ def test_passes_of_each_run_and_batch_size(monkeypatch: pytest.MonkeyPatch) -> N
     assert sizes == 3 * (1 + 2) * [1] + 3 * (1 + 2) * [8] + [1, 1]  # the last two are counted
 
 
-def test_memory_of_each_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large batch takes more than a small one, and each its own peak."""
+def measured_where_an_image_takes_64_mib() -> dict:
+    """Batches of 1, 2 and 4 images."""
     original = TinyNet.forward
 
     def forward(self, images):
-        torch.ones(len(images), 2**24)  # 64 MiB for each image
+        torch.ones(len(images), 2**24)
         return original(self, images)
 
-    monkeypatch.setattr(TinyNet, "forward", forward)
-    row = measure(entry(), settings(runs=1, batch_sizes=[4, 2]))
+    TinyNet.forward = forward
+    anomalib.models.TinyModel = TinyModel
+    return measure(entry(), settings(runs=1, batch_sizes=[4, 2]))
+
+
+def test_memory_of_each_batch_size() -> None:
+    """A large batch takes more than a small one, and each its own peak.
+
+    In a process of its own, as models are measured: freed memory of other tests would serve the first passes.
+    """
+    row = in_own_process(measured_where_an_image_takes_64_mib)
     assert row["peak_memory_mib_2"] - row["peak_memory_mib"] == pytest.approx(64, abs=30)
     assert row["peak_memory_mib_4"] - row["peak_memory_mib"] == pytest.approx(192, abs=30)
 
