@@ -8,7 +8,7 @@ Status: the same maps and scores as Anomalib's (to 1e-5), in half precision too,
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from anomalib.data import InferenceBatch
@@ -16,6 +16,8 @@ from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel, red
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
+
+from anomalib_pack.precision import Float32State
 
 HARD = 0.999  # p_hard, quantile of the distances from which on they count (Alg. 1, line 19)
 MINIMUM_SIZE = 256  # the autoencoder's EncConv-6 needs an 8 x 8 input, five halvings away from the image (Table 3)
@@ -94,15 +96,8 @@ class AutoEncoder(PlainRgbNetwork):
         return self.decoder(last(maps), image_size).float()
 
 
-class Float32ParameterDict(nn.ParameterDict):
-    """Measured numbers that stay in float32 when the networks around them become half precision.
-
-    In float16 two quantiles may be one, or a standard deviation 0. What is computed with them is in float32 as well.
-    """
-
-    def _apply(self, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Float32ParameterDict:
-        # As whole numbers, which a change of precision leaves alone; other devices take them.
-        return super()._apply(lambda tensor: function(tensor.view(torch.int32)).view(torch.float32), recurse)
+class Float32ParameterDict(Float32State, nn.ParameterDict):
+    """Measured numbers that stay in float32; what is computed with them is in float32 as well."""
 
 
 class DistilledEfficientAdModel(EfficientAdModel):
