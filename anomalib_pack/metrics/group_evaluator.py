@@ -31,7 +31,7 @@ from torch import distributed as dist
 from anomalib_pack.files import replace_file
 from anomalib_pack.metrics import image, pixel
 from anomalib_pack.metrics.roc import RocCorners
-from anomalib_pack.metrics.samples import copied, select, unpadded_count
+from anomalib_pack.metrics.samples import belongs, copied, names_group, select, unpadded_count
 
 EVERY_GROUP = ""  # Group of the images that belong to every group.
 
@@ -80,8 +80,9 @@ class GroupEvaluator(Evaluator):
             are predicted in tests only.
         test_metrics: Test metrics; None means :func:`default_test_metrics`.
         compute_on_cpu: Keep the stored fields in main memory; without effect with several devices, as in Anomalib.
-        group_by: ``"group"`` uses the batch's field of that name, with one string per image, and ``""`` for images
-            that belong to every group; batches without it have no groups. ``"folder"`` uses the name of the folder of
+        group_by: ``"group"`` uses the batch's field of that name, with one string per image: ``""`` for images that
+            belong to every group, ``"pushpins/"`` for those of every group whose name starts so; batches without it
+            have no groups. ``"folder"`` uses the name of the folder of
             anomalous images, which is the type of defect in MVTec AD; normal images belong to every group.
 
     Raises:
@@ -164,7 +165,7 @@ class GroupEvaluator(Evaluator):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute, log, print and write the metrics."""
         labels = self._labels(trainer)
-        groups = [group for group in sorted(labels.keys() - {EVERY_GROUP}) if _has_both_labels(group, labels)]
+        groups = [group for group in sorted(filter(names_group, labels)) if _has_both_labels(group, labels)]
         device = self._store_device(trainer, pl_module)
         existing = _existing(self.test_metrics, set().union(*labels.values()))
         rows = {group: with_mad(self._values(existing, group, device)) for group in ("", *groups)}
@@ -259,7 +260,7 @@ def _check_names(argument: str, names: Sequence[str]) -> None:
 
 
 def _has_both_labels(group: str, labels: dict[str, set[bool]]) -> bool:
-    missing = _missing_labels(labels[group] | labels.get(EVERY_GROUP, set()))
+    missing = _missing_labels(set().union(*(found for name, found in labels.items() if belongs(name, group))))
     for kind in missing:
         rank_zero_warn(f"Group {group!r} has no {kind} test images: its metrics do not exist and are left out.")
     return not missing
@@ -285,7 +286,7 @@ def _missing_labels(labels: set[bool]) -> list[str]:
 
 def _members(samples: SimpleNamespace, group: str) -> Tensor:
     """Mask of shape (B,): which samples belong to the group; to the group "" belong all."""
-    return torch.tensor([group in {"", name} or name == EVERY_GROUP for name in samples.group], dtype=torch.bool)
+    return torch.tensor([belongs(name, group) for name in samples.group], dtype=torch.bool)
 
 
 def with_mad(row: dict[str, float]) -> dict[str, float]:
