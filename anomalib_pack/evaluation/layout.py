@@ -9,21 +9,46 @@ import os
 from pathlib import Path
 
 from anomalib.data import AnomalibDataModule
-from pandas import Series
+from pandas import DataFrame
 
 # Folders of images below a category, and the image: what is kept where an image does not lie below the root.
 KEPT_PARTS = 3
 
 
-def map_place(datamodule: AnomalibDataModule, sample: Series) -> Path:
-    """Path of the map of an image below the folder of maps, without suffix.
+def map_places(datamodule: AnomalibDataModule, samples: DataFrame) -> dict[str, Path]:
+    """Path of the map of each image below the folder of maps, without suffix, by the path of the image.
 
     Args:
-        datamodule: What the image belongs to.
-        sample: The image's row in ``samples`` of its dataset.
+        datamodule: What the images belong to.
+        samples: Those of one of its datasets.
+
+    Raises:
+        ValueError: If two images have one.
     """
-    category = sample.get("category") or getattr(datamodule, "category", None) or datamodule.name
-    return place(sample.image_path, getattr(datamodule, "root", None), category)
+    root = getattr(datamodule, "root", None)
+    categories = samples["category"] if "category" in samples else [category_name(datamodule)] * len(samples)
+    return unique_places(
+        {path: place(path, root, category) for path, category in zip(samples.image_path, categories, strict=True)}
+    )
+
+
+def category_name(datamodule: AnomalibDataModule) -> str:
+    """Name of the category of a datamodule of one category, or of one without categories."""
+    return getattr(datamodule, "category", None) or datamodule.name
+
+
+def unique_places(places: dict[str, Path]) -> dict[str, Path]:
+    """Check paths of maps by the paths of their images.
+
+    Raises:
+        ValueError: If two images have one.
+    """
+    images = {place: image for image, place in places.items()}
+    for image, found in places.items():
+        if images[found] != image:
+            msg = f"{image} and {images[found]} would have one map, {found}. Rename one of these images."
+            raise ValueError(msg)
+    return places
 
 
 def place(image_path: str | Path, root: str | Path | None, category: str) -> Path:

@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from anomalib.data import AnomalibDataModule, Batch
+from anomalib.data.datasets.base import AnomalibDataset
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
-from pandas import DataFrame
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
 from anomalib_pack.data.image_files import read_header
-from anomalib_pack.evaluation.layout import map_place
+from anomalib_pack.evaluation.layout import map_places
 from anomalib_pack.evaluation.map_file import TIFF, write_map
 from anomalib_pack.evaluation.submission import is_private, thresholds, write_submission
+from anomalib_pack.metrics.original_size import at_size, check_whole_image
 from anomalib_pack.metrics.samples import unpadded_count
 from anomalib_pack.passes import one_pass
 
@@ -41,7 +41,8 @@ class WriteMaps(Callback):
         root: Folder of the maps. With ``None``, the folder ``maps`` of the run.
 
     Raises:
-        ValueError: In a run without a datamodule, of a model without maps, or if two images would get one file.
+        ValueError: In a run without a datamodule, of a model without maps or whose maps do not show whole images, or if
+            two images would get one file.
 
     Example:
         >>> from anomalib.engine import Engine
@@ -63,11 +64,12 @@ class WriteMaps(Callback):
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, loader: DataLoader) -> None:
         datamodule = trainer.datamodule
-        samples = getattr(getattr(loader, "dataset", None), "samples", None)
-        if not isinstance(datamodule, AnomalibDataModule) or samples is None:
+        dataset = getattr(loader, "dataset", None)
+        if not isinstance(datamodule, AnomalibDataModule) or not isinstance(dataset, AnomalibDataset):
             msg = "WriteMaps needs a datamodule, whose categories and folders name the files of the maps."
-            raise ValueError(msg)
-        self._places = map_places(datamodule, samples)
+            raise ValueError(msg)  # noqa: TRY004  # as for all other arguments of a run
+        check_whole_image(pl_module, dataset)
+        self._places = map_places(datamodule, dataset.samples)
         if any(map(is_private, self._places.values())):
             self._thresholds = thresholds(_normal_maps(trainer, pl_module), trainer.world_size)
 
@@ -107,21 +109,6 @@ class WriteMaps(Callback):
                 write_map(folder / place.with_name(place.name + TIFF), anomaly_map.numpy())
 
 
-def map_places(datamodule: AnomalibDataModule, samples: DataFrame) -> dict[str, Path]:
-    """Path of the map of each image below the folder of maps, without suffix, by the path of the image.
-
-    Raises:
-        ValueError: If two images have one.
-    """
-    places = {sample.image_path: map_place(datamodule, sample) for _, sample in samples.iterrows()}
-    images = {place: image for image, place in places.items()}
-    for image, place in places.items():
-        if images[place] != image:
-            msg = f"{images[place]} and {image} would have one map, {place}. Rename one of these images."
-            raise ValueError(msg)
-    return places
-
-
 def _normal_maps(trainer: Trainer, module: LightningModule) -> Iterator[tuple[str, Tensor]]:
     """Category and map of each normal validation image of this process."""
     loader = trainer.datamodule.val_dataloader()
@@ -140,5 +127,5 @@ def _raw_maps(outputs: Batch) -> Iterator[tuple[str, Tensor]]:
         msg = "WriteMaps needs a model with anomaly maps; this one has scores of images only."
         raise ValueError(msg)
     for image_path, anomaly_map in zip(outputs.image_path, outputs.anomaly_map.float().cpu(), strict=True):
-        size = read_header(image_path).size
-        yield image_path, interpolate(anomaly_map.reshape(1, 1, *anomaly_map.shape[-2:]), size, mode="bilinear")[0, 0]
+        raw = anomaly_map.reshape(anomaly_map.shape[-2:])
+        yield image_path, at_size(raw, read_header(image_path).size)
