@@ -80,11 +80,11 @@ def evaluate_maps(folder: Path, datamodule: AnomalibDataModule, out: Path) -> No
         if "mean" in result.rows:
             _print(result.rows, f"Groups of {images.category}, in %")
         rows[images.category] = result.rows.get("mean", result.rows[""])
+    rows["mean"] = mean_row(list(rows.values()))
     if joined or "mean" not in result.rows:
-        mean = mean_row(list(rows.values()))
-        _print({"": mean, **rows, "mean": mean}, "Categories, in %")
+        _print(rows, "Categories, in %")
     if joined:
-        write_csv({**rows, "mean": mean}, out / "metrics.csv")
+        write_csv(rows, out / "metrics.csv")
 
 
 def _print(rows: Mapping[str, Mapping[str, float]], title: str) -> None:
