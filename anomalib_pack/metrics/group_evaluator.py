@@ -10,6 +10,7 @@ Each metric is computed by its own class on fields of the test batches that are 
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -467,9 +468,9 @@ def rich_table(rows: dict[str, dict[str, float]]) -> Table:
     It has no overall row, which papers do not have either; Lightning prints those values.
     """
     names = metric_names(rows)
-    # Headers of two lines and one space between columns, so that ten values and MVTec AD's categories fit in 80
-    # columns. Longer groups wrap.
-    headers = [Column(name.replace("_", "\n", 1), justify="right", vertical="bottom", no_wrap=True) for name in names]
+    # Short lines of headers and one space between columns, so that eleven values and the words of MVTec LOCO's groups
+    # and MVTec AD's categories fit in 80 columns. Longer groups wrap.
+    headers = [Column(_header(name), justify="right", vertical="bottom", no_wrap=True) for name in names]
     table = Table(
         Column("group", vertical="bottom"),
         *headers,
@@ -481,8 +482,14 @@ def rich_table(rows: dict[str, dict[str, float]]) -> Table:
     groups = [group for group in rows if group]
     for group in groups:
         values = (f"{100 * rows[group][name]:.1f}" if name in rows[group] else "" for name in names)
-        table.add_row(group.replace("_", " "), *values, end_section=group == groups[-2])
+        table.add_row(group.replace("_", " ").replace("/", " "), *values, end_section=group == groups[-2])
     return table
+
+
+def _header(name: str) -> str:
+    """Name of a metric in lines of at most five letters, if it has places to break: ``pixel``, ``F1``, ``Score``."""
+    parts = [part if len(part) <= 5 else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "\n", part) for part in name.split("_")]
+    return "\n".join(parts)
 
 
 def write_csv(rows: dict[str, dict[str, float]], path: Path) -> None:
