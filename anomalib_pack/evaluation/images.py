@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +34,12 @@ class MappedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class MappedImages:
-    """The test images of a category."""
+    """The test images of a category; ``has_defects`` says whether its defects can be told apart."""
 
     category: str
     images: list[MappedImage]
     originals: Originals
+    has_defects: bool
 
     def batches(self, images: Iterable[MappedImage], fields: Sequence[str]) -> Iterator[SimpleNamespace]:
         """Read each image's map, and its mask or defects: a batch of one image at the size of its file.
@@ -66,7 +68,8 @@ def list_images(category: str, datamodule: AnomalibDataModule, root: str | Path 
 
     Raises:
         OSError: If a map is missing, or an image is none.
-        ValueError: If an image has several maps, or there is no ground truth.
+        ValueError: If an image has several maps, there is no ground truth, or ``defects_config.json`` contradicts
+            itself.
     """
     datamodule.looks_at_files = False  # training images are no matter here
     datamodule.num_workers = 0
@@ -90,7 +93,19 @@ def list_images(category: str, datamodule: AnomalibDataModule, root: str | Path 
         MappedImage(path, maps[path], size, group, bool(label))
         for path, size, group, label in zip(paths, sizes, groups, labels, strict=True)
     ]
-    return MappedImages(category, images, Originals(dataset))
+    originals = Originals(dataset)
+    return MappedImages(category, images, originals, _can_tell_defects(originals))
+
+
+def _can_tell_defects(originals: Originals) -> bool:
+    if not originals.has_defects:
+        return False
+    try:
+        originals.check_defects()
+    except FileNotFoundError as error:
+        warnings.warn(f"AUC-sPRO is left out, and AUPRO is in its place. {error}", stacklevel=2)
+        return False
+    return True
 
 
 def _check_ground_truth(category: str, dataset: AnomalibDataset) -> None:

@@ -56,7 +56,7 @@ def evaluate(mapped: MappedImages) -> Result:
     published = published_result(
         {name: areas[group] for name, group in reported.items()},
         {name: rows[group]["image_AUROC"] for name, group in reported.items()},
-        "auc_spro" if mapped.originals.has_defects else "au_pro",
+        "auc_spro" if mapped.has_defects else "au_pro",
     )
     if groups:
         rows["mean"] = mean_row([rows[group] for group in groups])
@@ -77,7 +77,7 @@ def _values(mapped: MappedImages, images: Sequence[MappedImage]) -> tuple[dict[s
         "image_F1Max": of_images.f1_max(),
         **{metric.name: metric.value(pixels.curve) for metric in (kind(prefix="pixel_") for kind in PIXEL_METRICS)},
     }
-    if not mapped.originals.has_defects:
+    if not mapped.has_defects:
         return with_mad(row), {limit: pixels.curve.aupro(limit) for limit in LIMITS}
     del pixels  # 4 bytes per pixel, which the next metric needs
     spro = pixel.SPRO(prefix="pixel_")
