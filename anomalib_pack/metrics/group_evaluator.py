@@ -457,12 +457,17 @@ def mean_row(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: fmean(row[name] for row in rows if name in row) for name in names}
 
 
+def metric_names(rows: dict[str, dict[str, float]]) -> list[str]:
+    """Names of the metrics of all rows, in the order of the first."""
+    return list(dict.fromkeys(name for row in rows.values() for name in row))
+
+
 def rich_table(rows: dict[str, dict[str, float]]) -> Table:
     """Table for the console, as papers have it: groups down, metrics across, the mean last, in percent.
 
     It has no overall row, which papers do not have either; Lightning prints those values.
     """
-    names = list(rows[""])
+    names = metric_names(rows)
     # Short lines of headers and one space between columns, so that eleven values and the words of MVTec LOCO's groups
     # and MVTec AD's categories fit in 80 columns. Longer groups wrap.
     headers = [Column(_header(name), justify="right", vertical="bottom", no_wrap=True) for name in names]
@@ -493,7 +498,7 @@ def write_csv(rows: dict[str, dict[str, float]], path: Path) -> None:
     If it cannot be written, e.g. on a full disk, a warning says so: the metrics are printed all the same.
     """
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, ["group", *rows[""]])
+    writer = csv.DictWriter(text, ["group", *metric_names(rows)])
     writer.writeheader()
     writer.writerows({"group": group or "overall"} | row for group, row in rows.items())
     _write(path, text.getvalue())

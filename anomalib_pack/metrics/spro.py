@@ -106,12 +106,15 @@ def loco_result(
     return published_result(localization, classification)
 
 
-def published_result(localization: dict[str, dict[float, float]], classification: dict[str, float]) -> dict:
+def published_result(
+    localization: dict[str, dict[float, float]], classification: dict[str, float], key: str = "auc_spro"
+) -> dict:
     """Result in the format of the published evaluation, with the unweighted means of groups.
 
     Args:
         localization: AUC-sPRO by group and limit.
         classification: AUROC of images by group.
+        key: What the result calls the areas, if they are not those of sPRO.
     """
     limits = next(iter(localization.values()), {})
     by_limit = {limit: fmean(values[limit] for values in localization.values()) for limit in limits}
@@ -120,7 +123,7 @@ def published_result(localization: dict[str, dict[float, float]], classification
         for group, values in (localization | {"mean": by_limit}).items()
     }
     aurocs = classification | {"mean": fmean(classification.values())}
-    return {"localization": {"auc_spro": areas}, "classification": {"auc_roc": aurocs}}
+    return {"localization": {key: areas}, "classification": {"auc_roc": aurocs}}
 
 
 def image_auroc(scores: Tensor, is_anomalous: Sequence[bool]) -> float:
