@@ -73,7 +73,12 @@ class _PixelMetric(Metric):
             Scores of normal pixels, scores of anomalous ones, and how much each of these adds to the overlaps.
         """
         scores, masks = _checked(preds, target)
-        return scores[~masks], scores[masks], _on(1 / region_areas(masks).cpu().double(), scores.device)
+        # Not by indexing, which takes several times as long.
+        return (
+            scores.masked_select(~masks),
+            scores.masked_select(masks),
+            _on(1 / region_areas(masks).cpu().double(), scores.device),
+        )
 
     def compute(self) -> Tensor:
         """Value of the metric, a scalar."""
@@ -222,9 +227,9 @@ class SPRO(PixelMetric):
         """
         scores = _checked_scores(preds)
         parts = [weigh(image, found) for image, found in zip(scores, target, strict=True)]
-        empty = scores.new_empty(0)
-        normal, counted, weights = zip((empty, empty, torch.empty(0)), *parts, strict=True)
-        return torch.cat(normal), torch.cat(counted), _on(torch.cat(weights).double(), scores.device)
+        empty = torch.empty(0)
+        normal, counted, weights = map(torch.cat, zip((empty, empty, empty.double()), *parts, strict=True))
+        return normal.to(scores.device), counted.to(scores.device), _on(weights, scores.device)
 
     def value(self, curve: RocCorners) -> float:
         """Read the metric off the curve."""
@@ -314,7 +319,7 @@ def _checked(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _checked_scores(maps: Tensor) -> Tensor:
     scores = _without_channel(maps).float()
-    if scores.isnan().any():
+    if scores.numel() and scores.max().isnan():  # which propagates it, in one pass
         msg = f"{int(scores.isnan().sum())} of {scores.numel()} pixel scores are NaN, which has no rank."
         raise ValueError(msg)
     return scores
