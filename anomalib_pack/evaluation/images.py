@@ -19,7 +19,6 @@ from anomalib_pack.data.image_files import map_files, names, read_header
 from anomalib_pack.evaluation.layout import place, unique_places
 from anomalib_pack.evaluation.map_file import TIFF, find_map, read_map
 from anomalib_pack.metrics.original_size import Originals
-from anomalib_pack.progress import progress_bar
 
 
 class MappedImage(NamedTuple):
@@ -52,7 +51,7 @@ class MappedImages:
             OSError: If a file cannot be read.
             ValueError: If the map, a mask or the defects are not as they should be.
         """
-        for image in progress_bar(images, desc=f"Maps of {self.category}", leave=False):
+        for image in images:
             raw = torch.from_numpy(read_map(image.map_path, image.size, image.path))
             yield self.originals.read(image.path, raw, fields).batch(fields, None)
 

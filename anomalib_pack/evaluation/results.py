@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from anomalib_pack.evaluation.images import MappedImage, MappedImages
 from anomalib_pack.metrics import pixel
@@ -17,6 +18,7 @@ from anomalib_pack.metrics.group_evaluator import mean_row, with_mad
 from anomalib_pack.metrics.roc import RocCorners, roc_corners
 from anomalib_pack.metrics.samples import belongs, names_group
 from anomalib_pack.metrics.spro import LIMITS, published_result
+from anomalib_pack.progress import progress_bar
 
 # The metrics that are read off one curve of all pixels.
 PIXEL_METRICS = (pixel.AUROC, pixel.AP, pixel.F1Max, pixel.AUPRO)
@@ -49,8 +51,11 @@ def evaluate(mapped: MappedImages) -> Result:
             msg = f"The group {group} of {mapped.category} must have normal and anomalous test images, has one kind."
             raise ValueError(msg)
     rows, areas = {}, {}
-    for group, images in members.items():
-        rows[group], areas[group] = _values(mapped, images)
+    passes = 2 if mapped.has_defects else 1
+    total = passes * sum(map(len, members.values()))
+    with progress_bar(total=total, desc=f"Maps of {mapped.category}", leave=False) as bar:
+        for group, images in members.items():
+            rows[group], areas[group] = _values(mapped, images, bar)
     # Where there are no groups, all images have the place of the mean.
     reported = {group: group for group in groups} or {"mean": ""}
     published = published_result(
@@ -63,12 +68,15 @@ def evaluate(mapped: MappedImages) -> Result:
     return Result(rows, published)
 
 
-def _values(mapped: MappedImages, images: Sequence[MappedImage]) -> tuple[dict[str, float], dict[float, float]]:
+def _values(
+    mapped: MappedImages, images: Sequence[MappedImage], bar: tqdm
+) -> tuple[dict[str, float], dict[float, float]]:
     """Metrics of some images, and the area that the published evaluation reports, by the limit of its curve."""
     pixels, maxima = pixel.AUROC(), []
     for batch in mapped.batches(images, pixels.fields):
         pixels.update(batch)
         maxima.append(batch.anomaly_map.max())
+        bar.update()
     pixels.compute()
     of_images = _curve_of_images(torch.stack(maxima), torch.tensor([image.anomalous for image in images]))
     row = {
@@ -83,6 +91,7 @@ def _values(mapped: MappedImages, images: Sequence[MappedImage]) -> tuple[dict[s
     spro = pixel.SPRO(prefix="pixel_")
     for batch in mapped.batches(images, spro.fields):
         spro.update(batch)
+        bar.update()
     spro.compute()
     row[spro.name] = spro.value(spro.curve)
     return with_mad(row), {limit: spro.curve.aupro(limit) for limit in LIMITS}
