@@ -41,7 +41,6 @@ from anomalib_pack.metrics.original_size import (
     Originals,
     check_whole_image,
 )
-from anomalib_pack.metrics.roc import RocCorners
 from anomalib_pack.metrics.samples import belongs, copied, names_group, select, unpadded_count
 from anomalib_pack.metrics.spro import LIMITS, image_auroc, published_result
 
@@ -293,23 +292,21 @@ class GroupEvaluator(Evaluator):
 
     def _values(self, metrics: Sequence[AnomalibMetric], group: str, device: torch.device) -> dict[str, float]:
         """Values of the metrics whose fields exist, for a group or for all images."""
-        values = {}
-        curves: dict[tuple, RocCorners] = {}
+        values: dict[str, float] = {}
         for metric in metrics:
-            # Sorting the pixels is nearly all the work, and need not be done for each metric.
-            kind = (*metric.fields, getattr(metric, "split", None))
-            if isinstance(metric, pixel.PixelMetric) and kind in curves:
-                values[metric.name] = metric.value(curves[kind])
+            if metric.name in values:
                 continue
             fresh = self._updated(metric.clone().to(device), group)
             value = fresh.compute()
             if value is not None:
                 values[metric.name] = float(value)
                 if isinstance(fresh, pixel.PixelMetric):
-                    curves[kind] = fresh.curve
-                if isinstance(fresh, pixel.SPRO):
-                    self._areas[group] = {limit: fresh.curve.aupro(limit) for limit in LIMITS}
-        return values
+                    curve = fresh.curve
+                    del fresh  # and with it the pixels
+                    values |= {each.name: each.value(curve) for each in metrics if _curve_of(each) == _curve_of(metric)}
+                    if isinstance(metric, pixel.SPRO):
+                        self._areas[group] = {limit: curve.aupro(limit) for limit in LIMITS}
+        return {metric.name: values[metric.name] for metric in metrics if metric.name in values}
 
     def _updated(self, metric: AnomalibMetric, group: str) -> AnomalibMetric:
         """The metric, updated with the samples of a group."""
@@ -412,6 +409,11 @@ def _check_names(argument: str, names: Sequence[str]) -> None:
             f"{', '.join(twice)} twice. Give one of them another `prefix`."
         )
         raise ValueError(msg)
+
+
+def _curve_of(metric: AnomalibMetric) -> tuple | None:
+    """What tells the curve of a metric from others; sorting the pixels for one is nearly all the work."""
+    return (*metric.fields, metric.split) if isinstance(metric, pixel.PixelMetric) else None
 
 
 def _has_both_labels(group: str, labels: dict[str, set[bool]]) -> bool:

@@ -21,7 +21,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from anomalib_pack.defect import Defect
-from anomalib_pack.metrics.roc import RocCorners, check_limit, merged, roc_corners
+from anomalib_pack.metrics.roc import RocCorners, append, check_limit, merged, roc_corners
 from anomalib_pack.metrics.spro import DEFAULT_LIMIT, weigh
 
 DEFAULT_FPR_LIMIT = 0.3  # of AUPRO, as in MVTec AD's evaluation
@@ -63,7 +63,7 @@ class _PixelMetric(Metric):
             ValueError: If the shapes differ, or a score is NaN.
         """
         for states, part in zip((self.normal, self.anomalous, self.weights), self.split(preds, target), strict=True):
-            states.append(part)
+            append(states, part)
 
     @staticmethod
     def split(preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

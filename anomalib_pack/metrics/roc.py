@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+PART = 2**23  # 32 MB of float32, from which on the C library maps memory of its own
+
 
 @dataclass(frozen=True)
 class RocCorners:
@@ -126,13 +128,18 @@ def roc_corners(normal: Tensor, anomalous: Tensor, weights: Tensor) -> RocCorner
     normal.numpy().sort()
     anomalous, order = anomalous.sort(descending=True)
     overlap = weights[order].cumsum(0)
+    del order  # Here and below: with many anomalous pixels, what is not needed any more is gigabytes.
     scores, counts = anomalous.unique_consecutive(return_counts=True)
     true_positives = counts.cumsum(0)
-    above, at_or_above = _counts_above(normal, scores)
+    regions = overlap[true_positives - 1]
+    del anomalous, counts, overlap
+    false_positives = torch.full((2 * len(scores) + 2,), len(normal))
+    false_positives[0] = 0
+    false_positives[1:-1:2], false_positives[2:-1:2] = _counts_above(normal, scores)
     return RocCorners(
-        false_positives=pad(pad(torch.stack([above, at_or_above], dim=1).flatten(), (1, 0)), (0, 1), value=len(normal)),
+        false_positives=false_positives,
         true_positives=pad(true_positives, (1, 0)).repeat_interleave(2),
-        regions=pad(overlap[true_positives - 1], (1, 0)).repeat_interleave(2),
+        regions=pad(regions, (1, 0)).repeat_interleave(2),
     )
 
 
@@ -151,11 +158,19 @@ def _counts_above(normal: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     return above, at_or_above
 
 
-def merged(parts: list[Tensor]) -> Tensor:
-    """Concatenate tensors of shape (N,) on the CPU, each of which is let go of once it is copied: the list is emptied.
+def append(parts: list[Tensor], part: Tensor) -> None:
+    """Append a tensor of shape (N,), joined with earlier parts that are as small.
 
-    The last ones come first, because memory that was taken last is given back at once.
+    The memory of large parts goes back to the system as soon as they are let go of, and that of small ones need not.
+    Each number is copied as often as its part doubles.
     """
+    while parts and len(parts[-1]) < min(PART, len(part) + 1):
+        part = torch.cat([parts.pop(), part])
+    parts.append(part)
+
+
+def merged(parts: list[Tensor]) -> Tensor:
+    """Concatenate parts on the CPU, in any order. Each is let go of once it is copied: the list is emptied."""
     dtype = parts[0].cpu().numpy().dtype if parts else np.float32
     # NumPy's memory comes in large pages, which PyTorch's copies take six times as long without.
     whole = torch.from_numpy(np.empty(sum(len(part) for part in parts), dtype=dtype))
