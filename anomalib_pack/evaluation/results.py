@@ -78,23 +78,26 @@ def _values(
         maxima.append(batch.anomaly_map.max())
         bar.update()
     pixels.compute()
+    curve = pixels.curve
+    pixels.reset()  # lets go of 4 bytes per pixel, which the next metric needs
     of_images = _curve_of_images(torch.stack(maxima), torch.tensor([image.anomalous for image in images]))
     row = {
         "image_AUROC": of_images.auroc(),
         "image_AP": of_images.average_precision(),
         "image_F1Max": of_images.f1_max(),
-        **{metric.name: metric.value(pixels.curve) for metric in (kind(prefix="pixel_") for kind in PIXEL_METRICS)},
+        **{metric.name: metric.value(curve) for metric in (kind(prefix="pixel_") for kind in PIXEL_METRICS)},
     }
     if not mapped.has_defects:
-        return with_mad(row), {limit: pixels.curve.aupro(limit) for limit in LIMITS}
-    del pixels  # 4 bytes per pixel, which the next metric needs
+        return with_mad(row), {limit: curve.aupro(limit) for limit in LIMITS}
     spro = pixel.SPRO(prefix="pixel_")
     for batch in mapped.batches(images, spro.fields):
         spro.update(batch)
         bar.update()
     spro.compute()
-    row[spro.name] = spro.value(spro.curve)
-    return with_mad(row), {limit: spro.curve.aupro(limit) for limit in LIMITS}
+    curve = spro.curve
+    spro.reset()
+    row[spro.name] = spro.value(curve)
+    return with_mad(row), {limit: curve.aupro(limit) for limit in LIMITS}
 
 
 def _curve_of_images(scores: Tensor, is_anomalous: Tensor) -> RocCorners:

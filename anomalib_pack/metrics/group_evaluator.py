@@ -302,7 +302,7 @@ class GroupEvaluator(Evaluator):
                 values[metric.name] = float(value)
                 if isinstance(fresh, pixel.PixelMetric):
                     curve = fresh.curve
-                    del fresh  # and with it the pixels
+                    fresh.reset()  # lets go of the pixels; as a reference cycle it would keep them for a while
                     values |= {each.name: each.value(curve) for each in metrics if _curve_of(each) == _curve_of(metric)}
                     if isinstance(metric, pixel.SPRO):
                         self._areas[group] = {limit: curve.aupro(limit) for limit in LIMITS}
