@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from anomalib_pack.data.image_files import map_files, names, read_header
 from anomalib_pack.evaluation.layout import place, unique_places
 from anomalib_pack.evaluation.map_file import TIFF, find_map, read_map
 from anomalib_pack.metrics.original_size import Originals
-from anomalib_pack.progress import progress_bar
 
 
 class MappedImage(NamedTuple):
@@ -33,11 +33,12 @@ class MappedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class MappedImages:
-    """The test images of a category."""
+    """The test images of a category; ``has_defects`` says whether its defects can be told apart."""
 
     category: str
     images: list[MappedImage]
     originals: Originals
+    has_defects: bool
 
     def batches(self, images: Iterable[MappedImage], fields: Sequence[str]) -> Iterator[SimpleNamespace]:
         """Read each image's map, and its mask or defects: a batch of one image at the size of its file.
@@ -50,7 +51,7 @@ class MappedImages:
             OSError: If a file cannot be read.
             ValueError: If the map, a mask or the defects are not as they should be.
         """
-        for image in progress_bar(images, desc=f"Maps of {self.category}", leave=False):
+        for image in images:
             raw = torch.from_numpy(read_map(image.map_path, image.size, image.path))
             yield self.originals.read(image.path, raw, fields).batch(fields, None)
 
@@ -66,7 +67,8 @@ def list_images(category: str, datamodule: AnomalibDataModule, root: str | Path 
 
     Raises:
         OSError: If a map is missing, or an image is none.
-        ValueError: If an image has several maps, or there is no ground truth.
+        ValueError: If an image has several maps, there is no ground truth, or ``defects_config.json`` contradicts
+            itself.
     """
     datamodule.looks_at_files = False  # training images are no matter here
     datamodule.num_workers = 0
@@ -90,7 +92,19 @@ def list_images(category: str, datamodule: AnomalibDataModule, root: str | Path 
         MappedImage(path, maps[path], size, group, bool(label))
         for path, size, group, label in zip(paths, sizes, groups, labels, strict=True)
     ]
-    return MappedImages(category, images, Originals(dataset))
+    originals = Originals(dataset)
+    return MappedImages(category, images, originals, _can_tell_defects(originals))
+
+
+def _can_tell_defects(originals: Originals) -> bool:
+    if not originals.has_defects:
+        return False
+    try:
+        originals.check_defects()
+    except FileNotFoundError as error:
+        warnings.warn(f"AUC-sPRO is left out, and AUPRO is in its place. {error}", stacklevel=2)
+        return False
+    return True
 
 
 def _check_ground_truth(category: str, dataset: AnomalibDataset) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from anomalib_pack.evaluation.images import MappedImage, MappedImages
 from anomalib_pack.metrics import pixel
@@ -17,6 +18,7 @@ from anomalib_pack.metrics.group_evaluator import mean_row, with_mad
 from anomalib_pack.metrics.roc import RocCorners, roc_corners
 from anomalib_pack.metrics.samples import belongs, names_group
 from anomalib_pack.metrics.spro import LIMITS, published_result
+from anomalib_pack.progress import progress_bar
 
 # The metrics that are read off one curve of all pixels.
 PIXEL_METRICS = (pixel.AUROC, pixel.AP, pixel.F1Max, pixel.AUPRO)
@@ -49,26 +51,32 @@ def evaluate(mapped: MappedImages) -> Result:
             msg = f"The group {group} of {mapped.category} must have normal and anomalous test images, has one kind."
             raise ValueError(msg)
     rows, areas = {}, {}
-    for group, images in members.items():
-        rows[group], areas[group] = _values(mapped, images)
+    passes = 2 if mapped.has_defects else 1
+    total = passes * sum(map(len, members.values()))
+    with progress_bar(total=total, desc=f"Maps of {mapped.category}", leave=False) as bar:
+        for group, images in members.items():
+            rows[group], areas[group] = _values(mapped, images, bar)
     # Where there are no groups, all images have the place of the mean.
     reported = {group: group for group in groups} or {"mean": ""}
     published = published_result(
         {name: areas[group] for name, group in reported.items()},
         {name: rows[group]["image_AUROC"] for name, group in reported.items()},
-        "auc_spro" if mapped.originals.has_defects else "au_pro",
+        "auc_spro" if mapped.has_defects else "au_pro",
     )
     if groups:
         rows["mean"] = mean_row([rows[group] for group in groups])
     return Result(rows, published)
 
 
-def _values(mapped: MappedImages, images: Sequence[MappedImage]) -> tuple[dict[str, float], dict[float, float]]:
+def _values(
+    mapped: MappedImages, images: Sequence[MappedImage], bar: tqdm
+) -> tuple[dict[str, float], dict[float, float]]:
     """Metrics of some images, and the area that the published evaluation reports, by the limit of its curve."""
     pixels, maxima = pixel.AUROC(), []
     for batch in mapped.batches(images, pixels.fields):
         pixels.update(batch)
         maxima.append(batch.anomaly_map.max())
+        bar.update()
     pixels.compute()
     of_images = _curve_of_images(torch.stack(maxima), torch.tensor([image.anomalous for image in images]))
     row = {
@@ -77,12 +85,13 @@ def _values(mapped: MappedImages, images: Sequence[MappedImage]) -> tuple[dict[s
         "image_F1Max": of_images.f1_max(),
         **{metric.name: metric.value(pixels.curve) for metric in (kind(prefix="pixel_") for kind in PIXEL_METRICS)},
     }
-    if not mapped.originals.has_defects:
+    if not mapped.has_defects:
         return with_mad(row), {limit: pixels.curve.aupro(limit) for limit in LIMITS}
     del pixels  # 4 bytes per pixel, which the next metric needs
     spro = pixel.SPRO(prefix="pixel_")
     for batch in mapped.batches(images, spro.fields):
         spro.update(batch)
+        bar.update()
     spro.compute()
     row[spro.name] = spro.value(spro.curve)
     return with_mad(row), {limit: spro.curve.aupro(limit) for limit in LIMITS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from anomalib.data import AnomalibDataModule, Batch
@@ -101,7 +102,7 @@ class WriteMaps(Callback):
 
     def _write(self, trainer: Trainer, outputs: Batch, count: int | None) -> None:
         folder = Path(self.root or Path(trainer.default_root_dir) / "maps")
-        for image_path, anomaly_map in list(_raw_maps(outputs))[:count]:
+        for image_path, anomaly_map in islice(_raw_maps(outputs), count):
             place = self._places[image_path]
             if is_private(place):
                 write_submission(folder, place, anomaly_map, self._thresholds[place.parts[0]])

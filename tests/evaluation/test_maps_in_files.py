@@ -352,6 +352,23 @@ def test_data_without_defects_have_aupro_under_its_own_key(images, tmp_path):
     assert published["classification"]["auc_roc"] == {"mean": row["image_AUROC"]}
 
 
+def test_without_defects_config(maps, rendered, tmp_path):
+    shutil.copytree(rendered / "tray", tmp_path / "data" / "tray")
+    config = tmp_path / "data" / "tray" / "defects_config.json"
+    config.write_text("[]")
+    with pytest.raises(ValueError, match="has pixel value"):
+        evaluate(maps, tmp_path / "data", "--data.category", "tray")
+    config.unlink()
+    with pytest.warns(UserWarning, match=f"AUPRO is in its place. There is no file {config}"):
+        out = evaluate(maps, tmp_path / "data", "--data.category", "tray")
+    published = read_json(out / "tray_metrics.json")["localization"]
+    rows = read_csv(out / "tray_metrics.csv")
+    assert published.keys() == {"au_pro"}
+    assert "pixel_SPRO" not in rows["mean"]
+    for group in (*GROUPS, "mean"):
+        assert published["au_pro"][group]["0.3"] == pytest.approx(rows[group]["pixel_AUPRO"], abs=1e-12)
+
+
 @pytest.mark.parametrize("suffix", [".tif", ".png"])
 def test_other_files_than_tiff(maps, rendered, suffix):
     rounded = {path: np.round(tifffile.imread(path)) for path in maps.rglob("*.tiff")}
