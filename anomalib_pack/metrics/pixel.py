@@ -21,7 +21,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from anomalib_pack.defect import Defect
-from anomalib_pack.metrics.roc import RocCorners, append, check_limit, merged, roc_corners
+from anomalib_pack.metrics.roc import RocCorners, append, check_limit, joined, merged, roc_corners
 from anomalib_pack.metrics.spro import DEFAULT_LIMIT, weigh
 
 DEFAULT_FPR_LIMIT = 0.3  # of AUPRO, as in MVTec AD's evaluation
@@ -82,14 +82,13 @@ class _PixelMetric(Metric):
 
     def compute(self) -> Tensor:
         """Value of the metric, a scalar."""
-        # Order is nothing to these states, so what is merged and sorted here takes their place, and nothing is copied.
-        self.normal, self.anomalous, self.weights = (
-            [_merged(states)] for states in (self.normal, self.anomalous, self.weights)
-        )
-        for scores, kind in ((self.normal[0], "normal"), (self.anomalous[0], "anomalous")):
-            if not len(scores):
+        # What is put together and sorted here takes the place of the states, so that nothing is held twice.
+        self.normal = _parts(self.normal)
+        self.anomalous, self.weights = ([merged(_parts(state))] for state in (self.anomalous, self.weights))
+        for scores, kind in ((self.normal, "normal"), (self.anomalous, "anomalous")):
+            if not any(map(len, scores)):
                 rank_zero_warn(f"There are no {kind} pixels: pixel metrics mean nothing.")
-        self.curve = roc_corners(self.normal[0], self.anomalous[0], self.weights[0].double())
+        self.curve = roc_corners(self.normal, self.anomalous[0], self.weights[0].double())
         return torch.tensor(self.value(self.curve), device=self.device)
 
     @abstractmethod
@@ -348,9 +347,9 @@ def region_areas(masks: Tensor) -> Tensor:
     return torch.cat(areas).to(masks.device)
 
 
-def _merged(state: list[Tensor] | Tensor) -> Tensor:
-    """Parts of a state as one tensor on the CPU; after gathering, a state is one already."""
-    return merged(state) if isinstance(state, list) else state.cpu()
+def _parts(state: list[Tensor] | Tensor) -> list[Tensor]:
+    """Parts of a state on the CPU, few and large ones; after gathering, a state is one tensor."""
+    return joined(state) if isinstance(state, list) else [state.cpu()]
 
 
 def _on(weights: Tensor, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ anomalous pixels only, and those are a few percent. Between two of them it runs 
 So the normal scores need no companion (position, label) while they are sorted, and are sorted in place.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-PART = 2**23  # 32 MB of float32, from which on the C library maps memory of its own
+PART = 2**26  # Scores that are sorted at a time: 256 MB.
 
 
 @dataclass(frozen=True)
@@ -116,16 +117,14 @@ def check_limit(fpr_limit: float) -> None:
         raise ValueError(msg)
 
 
-def roc_corners(normal: Tensor, anomalous: Tensor, weights: Tensor) -> RocCorners:
+def roc_corners(normal: Tensor | Sequence[Tensor], anomalous: Tensor, weights: Tensor) -> RocCorners:
     """Corners of the ROC curve. Equal scores form one threshold.
 
     Args:
-        normal: Scores of normal pixels, shape (N,), without NaN, on the CPU; sorted in place.
+        normal: Scores of normal pixels, shape (N,), or parts of them, without NaN, on the CPU; each is sorted in place.
         anomalous: Scores of anomalous pixels, shape (P,), without NaN, on the CPU.
         weights: How much each anomalous pixel adds to the overlaps, shape (P,), float64: for a region, 1 / its pixels.
     """
-    # Not torch.sort, which makes a copy with positions: four times the memory, and here six times the time.
-    normal.numpy().sort()
     anomalous, order = anomalous.sort(descending=True)
     overlap = weights[order].cumsum(0)
     del order  # Here and below: with many anomalous pixels, what is not needed any more is gigabytes.
@@ -133,9 +132,11 @@ def roc_corners(normal: Tensor, anomalous: Tensor, weights: Tensor) -> RocCorner
     true_positives = counts.cumsum(0)
     regions = overlap[true_positives - 1]
     del anomalous, counts, overlap
-    false_positives = torch.full((2 * len(scores) + 2,), len(normal))
-    false_positives[0] = 0
-    false_positives[1:-1:2], false_positives[2:-1:2] = _counts_above(normal, scores)
+    false_positives = torch.zeros(2 * len(scores) + 2, dtype=torch.long)
+    for part in filter(len, [normal] if isinstance(normal, Tensor) else normal):
+        # Not torch.sort, which makes a copy with positions: four times the memory, and here six times the time.
+        part.numpy().sort()
+        _count_above(part.numpy(), scores, false_positives)
     return RocCorners(
         false_positives=false_positives,
         true_positives=pad(true_positives, (1, 0)).repeat_interleave(2),
@@ -143,38 +144,42 @@ def roc_corners(normal: Tensor, anomalous: Tensor, weights: Tensor) -> RocCorner
     )
 
 
-def _counts_above(normal: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """How many normal scores, in rising order, are above, and at or above, scores in falling order."""
-    values, rising = (
-        normal.numpy(),
-        scores.flip(0).numpy(),
-    )  # NumPy's search goes on from the score before, if they rise
-    below = np.searchsorted(values, rising)
-    not_above = below.copy()
-    if len(values):
-        tied = values[np.minimum(below, len(values) - 1)] == rising
-        not_above[tied] = np.searchsorted(values, rising[tied], side="right")
-    above, at_or_above = (torch.from_numpy(len(values) - count).flip(0) for count in (not_above, below))
-    return above, at_or_above
+def _count_above(normal: np.ndarray, scores: Tensor, counts: Tensor) -> None:
+    """Add to the corners how many normal scores, in rising order, are beyond each of the scores, in falling order."""
+    rising = scores.flip(0).numpy()  # The search goes on from the score before, if they rise.
+    below = np.searchsorted(normal, rising)
+    counts[2::2] += len(normal) - torch.from_numpy(below).flip(0)
+    tied = np.flatnonzero(normal[np.minimum(below, len(normal) - 1)] == rising)
+    below[tied] = np.searchsorted(normal, rising[tied], side="right")  # from here on with those that are equal
+    counts[1:-1:2] += len(normal) - torch.from_numpy(below).flip(0)
+    counts[-1] += len(normal)
 
 
 def append(parts: list[Tensor], part: Tensor) -> None:
-    """Append a tensor of shape (N,), joined with earlier parts that are as small.
+    """Add a tensor of shape (N,) to parts, the large ones first; as many small ones as make a large one are joined.
 
     The memory of large parts goes back to the system as soon as they are let go of, and that of small ones need not.
-    Each number is copied as often as its part doubles.
     """
-    while parts and len(parts[-1]) < min(PART, len(part) + 1):
-        part = torch.cat([parts.pop(), part])
-    parts.append(part)
+    parts.insert(len(parts) if len(part) < PART else 0, part)
+    small = [each for each in parts if len(each) < PART]
+    if sum(map(len, small)) >= PART:
+        del parts[-len(small) :]
+        parts.insert(0, merged(small))
+
+
+def joined(parts: list[Tensor]) -> list[Tensor]:
+    """Parts of :func:`append` on the CPU, with the small ones in one; the list is emptied."""
+    large = [parts.pop(0).cpu() for part in list(parts) if len(part) >= PART]
+    return [*large, merged(parts)]
 
 
 def merged(parts: list[Tensor]) -> Tensor:
-    """Concatenate parts on the CPU, in any order. Each is let go of once it is copied: the list is emptied."""
+    """Concatenate parts on the CPU, in order. Each is let go of once it is copied: the list is emptied."""
     dtype = parts[0].cpu().numpy().dtype if parts else np.float32
     # NumPy's memory comes in large pages, which PyTorch's copies take six times as long without.
     whole = torch.from_numpy(np.empty(sum(len(part) for part in parts), dtype=dtype))
     start = 0
+    parts.reverse()
     while parts:
         part = parts.pop()
         whole[start : start + len(part)] = part

@@ -154,7 +154,7 @@ def test_overall_is_that_of_the_stock_evaluator(by_folder, images, tmp_path):
 def test_pixels_are_sorted_once_for_all_metrics(images, tmp_path, monkeypatch):
     """Overall and for two groups; metrics on other fields have pixels of their own."""
     lengths = []
-    monkeypatch.setattr(pixel, "roc_corners", lambda *scores: lengths.append(len(scores[0])) or roc_corners(*scores))
+    monkeypatch.setattr(pixel, "roc_corners", lambda *scores: lengths.append(len(scores[1])) or roc_corners(*scores))
     other = pixel.AUROC(fields=["pred_mask", "gt_mask"], prefix="mask_")
     evaluator = GroupEvaluator(test_metrics=[*default_test_metrics(), other], group_by="folder")
     metrics, _, _ = train_and_test(tiny_model(RankPreservingPostProcessor(), evaluator), mvtec(images), tmp_path)
