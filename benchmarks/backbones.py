@@ -6,8 +6,9 @@
 `FrozenBackbone` runs a folded copy, on a CPU with the channels last. The other columns say how many times as long the
 network takes as it is, with the channels first or last, and the copy with the channels first. The features are compared
 too: the largest difference from the network's, relative to the largest value. The weights are random, with statistics
-under which no BatchNorm is without effect. The times are medians; compare them by their ratios only. The last columns
-are what the copy costs: what it adds to the memory, making it, and asking whether it still holds in each forward.
+under which no BatchNorm is without effect. The times are medians; compare them by their ratios only. With one thread
+they are the process's own, so that other processes disturb them less. The last columns are what the copy costs: what it
+adds to the memory, making it, and asking whether it still holds in each forward.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def main() -> None:
         backbone = unsettled(FrozenBackbone(name, layers.split(","), weights=None)).to(arguments.device)
         for batch in arguments.batches:
             images = torch.rand(batch, 3, arguments.size, arguments.size, device=arguments.device)
-            times, difference = measure(backbone, images, arguments.repeats)
+            times, difference = measure(backbone, images, arguments)
             ratios = " | ".join(f"x {other / times[0]:.2f}" for other in times[1:])
             row = f"| {name} | {batch} | {1000 * times[0]:.1f} ms | {ratios} | {difference:.0e} |"
             print(row, costs(backbone, images), flush=True)
@@ -66,7 +67,7 @@ def unsettled(backbone: FrozenBackbone) -> FrozenBackbone:
     return backbone
 
 
-def measure(backbone: FrozenBackbone, images: torch.Tensor, repeats: int) -> tuple[list[float], float]:
+def measure(backbone: FrozenBackbone, images: torch.Tensor, arguments: argparse.Namespace) -> tuple[list[float], float]:
     """Median seconds of each variant, and how far the folded network's features are from the network's."""
     last = images.contiguous(memory_format=torch.channels_last)
     copies = {}
@@ -86,7 +87,7 @@ def measure(backbone: FrozenBackbone, images: torch.Tensor, repeats: int) -> tup
         lambda: backbone._features(copies[torch.contiguous_format], images),
     )
     times: list[list[float]] = [[] for _ in variants]
-    for _ in range(repeats + 1):
+    for _ in range(arguments.repeats + 1):
         for variant, record in zip(variants, times, strict=True):
             start = now(images)
             variant()
@@ -122,7 +123,7 @@ def now(tensor: torch.Tensor) -> float:
     """Seconds, after all work that was given to the tensor's device."""
     if tensor.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return time.process_time() if torch.get_num_threads() == 1 and not tensor.is_cuda else time.perf_counter()
 
 
 if __name__ == "__main__":

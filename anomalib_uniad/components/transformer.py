@@ -57,7 +57,7 @@ class EncoderLayer(nn.Module):
         return self.norm2(tokens + self.dropout(self._feed_forward(tokens)))
 
     def _feed_forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.linear2(self.dropout(F.relu(self.linear1(tokens))))
+        return self.linear2(self.dropout(F.relu(self.linear1(tokens), inplace=True)))
 
 
 class DecoderLayer(EncoderLayer):
