@@ -8,6 +8,7 @@ A map, from the outside in::
     _autoload.py        notices when Anomalib is imported; started by the line in `anomalib_pack.pth`
     data/               datamodules, and their images
     backbones.py        frozen features of a timm network
+    folding.py          networks with BatchNorms folded into convolutions for inference
     neighbors.py        nearest neighbours in a memory bank, exact or approximate
     coreset.py          what is kept in one
     passes.py           one pass over a data set outside the training loop

@@ -11,15 +11,19 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.layers import BatchNormAct2d
 from timm.models import (
     create_feature_extractor,
     get_arch_pretrained_cfgs,
     is_model,
     list_models,
     model_entrypoint,
+    register_notrace_module,
     split_model_name_tag,
 )
 from torch import nn
+
+from .folding import Folding
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +87,7 @@ class Backbone(nn.Module):
         self.indices = self.network.prune_intermediate_layers(depth_order, prune_norm=True, prune_head=True)
 
     def _cut_inside_stages(self, layers: Sequence[str]) -> None:
+        register_notrace_module(BatchNormAct2d)  # stays a module in the graph, which can be folded
         # In eval mode, because the graph keeps the mode in which it is recorded.
         self.network = create_feature_extractor(
             self.network.eval(), return_nodes=dict(zip(layers, layers, strict=True))
@@ -140,13 +145,15 @@ class Backbone(nn.Module):
         Returns:
             One tensor (B, C_l, H / stride_l, W / stride_l) for each layer, in the order of ``layers``.
         """
+        return self._features(self.network, images)
+
+    def _features(self, network: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+        """Extract features by this backbone's network or a copy of it."""
         images = (images - self.mean) / self.std
         if self.inside_stages:
-            features = self.network(images)  # by name, in the network's order
+            features = network(images)  # by name, in the network's order
             return [features[layer] for layer in self.layers]
-        features = self.network.forward_intermediates(
-            images, indices=self.indices, intermediates_only=True, stop_early=True
-        )
+        features = network.forward_intermediates(images, indices=self.indices, intermediates_only=True, stop_early=True)
         return [features[position] for position in self.order]
 
     def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,6 +178,8 @@ class Backbone(nn.Module):
 class FrozenBackbone(Backbone):
     """A backbone that is never trained: without gradients and always in eval mode. Arguments are the backbone's.
 
+    A CNN's features are those of a folded copy of the network; see :mod:`anomalib_pack.folding`.
+
     Example:
         >>> backbone = FrozenBackbone("resnet18", ["layer2", "layer3"], weights=None)
         >>> [tuple(feature.shape) for feature in backbone(torch.rand(1, 3, 64, 64))]
@@ -179,17 +188,19 @@ class FrozenBackbone(Backbone):
 
     def __init__(self, name: str, layers: Sequence[str], weights: str | Path | None) -> None:
         super().__init__(name, layers, weights)
+        self._folding = Folding()
         self.requires_grad_(requires_grad=False)
         self.eval()
 
     def train(self, _mode: bool = True) -> FrozenBackbone:
         """Stay in eval mode: BatchNorm statistics and dropout of a frozen network do not change."""
+        self._folding.clear()  # notices changes through `.data`
         return super().train(mode=False)
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Extract the features, without a gradient."""
-        return super().forward(images)
+        return self._folding.run(self.network, images, self._features)
 
     @torch.no_grad()
     def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_pack.backbones import FrozenBackbone
+from anomalib_pack.folding import Folding
 
 from .anomaly_map import feature_distance, normalise_map, smooth_map
 
@@ -237,6 +238,7 @@ class UlsadModel(nn.Module):
             feature_dim, (2 if self.local_global else 1) * feature_dim, final_activation
         )
         self.autoencoder = GlobalAutoencoder(feature_dim) if global_branch else None
+        self._reconstruction_folding, self._autoencoder_folding = Folding(), Folding()
         self.register_buffer("feature_mean", torch.zeros(1, feature_dim, 1, 1))  # mu of Algorithm 1
         self.register_buffer("feature_std", torch.ones(1, feature_dim, 1, 1))  # sigma of Algorithm 1
         self.register_buffer("structural_quantiles", torch.tensor(UNMEASURED))
@@ -254,12 +256,16 @@ class UlsadModel(nn.Module):
         """
         self.check_image_size(images.shape[-2:])
         features = (self.raw_features(images) - self.feature_mean) / self.feature_std
-        reconstruction = self.reconstruction(features)
-        autoencoder = self.autoencoder(images, features.shape[-2:]) if self.autoencoder else None
+        reconstruction = self._reconstruction_folding.run(self.reconstruction, features, nn.Module.__call__)
+        autoencoder = self._predict(images, features.shape[-2:]) if self.autoencoder else None
         if not self.local_global:
             return Branches(features, reconstruction, None, autoencoder)
         local_features, global_features = reconstruction.chunk(2, dim=1)  # (B, 2C, h, w) -> U', U''
         return Branches(features, local_features, global_features, autoencoder)
+
+    def _predict(self, images: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+        """Predict features (B, C, h, w) from the images alone, see :meth:`GlobalAutoencoder.forward`."""
+        return self._autoencoder_folding.run(self.autoencoder, images, lambda network, images: network(images, grid))
 
     def check_image_size(self, size: Sequence[int]) -> None:
         """Check that the networks can take images of this (height, width).

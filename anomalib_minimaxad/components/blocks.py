@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_pack.folding import stamps
+
 LARGE_KERNEL = 13  # Sec. 3.3; the small kernel is 3
 # Kernel size and dilation of the branches beside a 13 x 13 kernel; UniRepLKNet's published table.
 DILATED_BRANCHES = ((5, 1), (7, 2), (3, 3), (3, 4), (3, 5))
@@ -262,19 +264,6 @@ class Block(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None}  # made again when needed
-
-
-def stamps(tensors: list[torch.Tensor]) -> list[int] | None:
-    """Numbers that change whenever a tensor is replaced, written to or given another storage.
-
-    Returns:
-        ``None`` for tensors that were made in inference mode, which do not count changes.
-    """
-    try:
-        changes = [tensor._version for tensor in tensors]
-    except RuntimeError:
-        return None
-    return changes + [id(tensor) for tensor in tensors] + [tensor.data_ptr() for tensor in tensors]
 
 
 def fast_layout(maps: torch.Tensor) -> torch.memory_format:

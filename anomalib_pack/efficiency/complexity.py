@@ -42,8 +42,10 @@ def flops(network: nn.Module, images: torch.Tensor) -> int:
     torch.backends.mha.set_fastpath_enabled(False)  # an operator that the counter does not know
     try:
         # Not in inference mode: where a layer gets a parameter as its input, as FastFlow's do, the counter fails there.
-        with torch.inference_mode(mode=False), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            network(images)
+        with torch.inference_mode(mode=False), torch.no_grad():
+            network(images)  # the first pass also finds what can be folded
+            with FlopCounterMode(display=False) as counter:
+                network(images)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
     return counter.get_total_flops()

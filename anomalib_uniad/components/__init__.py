@@ -4,6 +4,7 @@ Map::
 
     positions.py      where a token stands: learned or sine embedding
     attention.py      attention that leaves out a token's neighbours
+    dropout.py        dropout that is quick on a CPU
     transformer.py    encoder and decoder layers
     baselines.py      MLP and CNN instead of the transformer
 """

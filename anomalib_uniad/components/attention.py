@@ -5,9 +5,16 @@ Shapes: B images, h x w the feature grid, N = h w tokens in row-major order, D c
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
+
+from .dropout import draw, draws_quickly
+
+CACHED = 2**20  # logits that are worked on together, so that they stay in a processor's cache
 
 
 def neighbor_mask(grid: tuple[int, int], neighbors: tuple[int, int]) -> torch.Tensor:
@@ -44,8 +51,81 @@ def neighbor_mask(grid: tuple[int, int], neighbors: tuple[int, int]) -> torch.Te
     return torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))
 
 
+class DropoutAttention(torch.autograd.Function):
+    """Attention with dropout in float32 on a CPU, for which PyTorch has no fused kernel.
+
+    What PyTorch does then builds the N x N weights of the whole batch in several copies. Here a few images are worked on
+    at a time, and of the weights one copy is kept, whose signs say which are dropped.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            context: For the backward pass.
+            q: (B, heads, N, d).
+            k: (B, heads, N, d).
+            v: (B, heads, N, d).
+            mask: Added to the logits, (N, N), or ``None``.
+            dropout: Probability that a weight is dropped.
+
+        Returns:
+            (B, heads, N, d).
+        """
+        signed = q.new_empty(*q.shape[:3], k.shape[2])  # weights, negative where they are dropped
+        attended = torch.empty_like(k)
+        bias = q.new_zeros(()) if mask is None else mask
+        for images in _parts(signed):
+            weights, queries, keys, values = (_joined(tensor[images]) for tensor in (signed, q, k, v))
+            torch.baddbmm(bias, queries, keys.mT, alpha=k.shape[3] ** -0.5, out=weights)
+            torch.softmax(weights, dim=2, out=weights)
+            draws, factor = draw(weights.shape, dropout)
+            torch.copysign(weights, draws, out=weights)
+            kept = torch.clamp_min(weights, 0, out=draws)
+            attended[images] = torch.bmm(kept, values).mul_(factor).view(attended[images].shape)
+        context.save_for_backward(q, k, v, signed, attended)
+        context.factor = factor
+        return attended
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of q, k and v."""
+        q, k, v, signed, attended = context.saved_tensors
+        gradients = [torch.empty_like(tensor) for tensor in (k, k, v)]  # q may be expanded
+        total = (gradient * attended).sum(dim=3, keepdim=True)  # of each query's weights times their gradients
+        gradient = gradient * context.factor
+        for images in _parts(signed):
+            inputs = (signed, q, k, v, gradient, total)
+            weights, queries, keys, values, outer, sums = (_joined(tensor[images]) for tensor in inputs)
+            kept = weights.clamp_min(0)
+            of_values = torch.bmm(kept.mT, outer)
+            of_logits = torch.bmm(outer, values.mT).mul_(kept)
+            of_logits.addcmul_(torch.abs(weights, out=kept), sums, value=-1)
+            parts = torch.bmm(of_logits, keys), torch.bmm(of_logits.mT, queries), of_values
+            for whole, part in zip(gradients, parts, strict=True):
+                whole[images] = part.view(whole[images].shape)
+        scale = k.shape[3] ** -0.5
+        return gradients[0].mul_(scale), gradients[1].mul_(scale), gradients[2], None, None
+
+
+def _parts(logits: torch.Tensor) -> list[slice]:
+    """Consecutive images of (B, heads, N, N) that are worked on together."""
+    number = max(CACHED // logits[0].numel(), 1)
+    return [slice(start, start + number) for start in range(0, len(logits), number)]
+
+
+def _joined(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flatten(0, 1)  # (B, heads, N, d) -> (B heads, N, d)
+
+
 class Attention(nn.Module):
-    """Multi-head attention through PyTorch's fused kernels, which never build the N x N weights.
+    """Multi-head attention, through PyTorch's fused kernels wherever there is one.
+
+    These never build the N x N weights. With dropout there is none on a CPU; see :class:`DropoutAttention`.
 
     The parameters are those of ``nn.MultiheadAttention``. Unlike that class it takes queries that are the same for the
     whole batch and then projects them once.
@@ -84,9 +164,12 @@ class Attention(nn.Module):
             self._split_heads(F.linear(tokens, weight, bias))
             for tokens, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
-        attended = F.scaled_dot_product_attention(
-            q.expand_as(k), k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
-        )
+        q = q.expand_as(k)
+        dropout = self.dropout if self.training else 0.0
+        if dropout and draws_quickly(q):
+            attended = DropoutAttention.apply(q, k, v, mask, dropout)
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.out_proj(attended.transpose(1, 2).flatten(2))  # (B, heads, N, D / heads) -> (B, N, D)
 
     def _split_heads(self, tokens: torch.Tensor) -> torch.Tensor:

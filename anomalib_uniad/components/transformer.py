@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from .attention import Attention
+from .dropout import Dropout
 
 # The six ways in which two attentions fuse a layer's query embedding with the encoder's and the previous output, with
 # the embedding as a query (appendix C.2, Table A3). For each the first attention's query and source of keys and values,
@@ -47,7 +48,7 @@ class EncoderLayer(nn.Module):
         self.linear2 = nn.Linear(hidden, channels)
         self.norm1 = nn.LayerNorm(channels)
         self.norm2 = nn.LayerNorm(channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Encode tokens (B, N, D), given positions (N, D) and the mask of the attention (N, N)."""
@@ -56,7 +57,7 @@ class EncoderLayer(nn.Module):
         return self.norm2(tokens + self.dropout(self._feed_forward(tokens)))
 
     def _feed_forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.linear2(self.dropout(F.relu(self.linear1(tokens))))
+        return self.linear2(self.dropout(F.relu(self.linear1(tokens), inplace=True)))
 
 
 class DecoderLayer(EncoderLayer):

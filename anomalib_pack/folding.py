@@ -1,0 +1,234 @@
+"""Networks folded for inference: a BatchNorm becomes part of the convolution before it.
+
+What runs where: in eval mode and without gradients a folded copy of the network, whose convolutions have the channels
+last on a CPU; in training, with gradients, with hooks, and in what compilers and exporters record, the network itself.
+The copy's results are the network's but for rounding.
+
+The copy is derived when it is needed and never stored: state dicts, checkpoints, pickles and exported files hold the
+network alone. It shares with the network whatever is not folded; weights of folded convolutions are there twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+Result = TypeVar("Result")
+Call = Callable[[nn.Module, torch.Tensor], Result]
+CONVOLUTIONS = (F.conv2d, F.conv_transpose2d)
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)  # exactly these: others may compute something else
+
+
+class Pair(NamedTuple):
+    """Names of a convolution and of the BatchNorm that takes its output, as nothing else does."""
+
+    convolution: str
+    norm: str
+
+
+class Copy(NamedTuple):
+    """A folded network with what it was made from, by which is seen whether it still holds."""
+
+    network: nn.Module
+    tensors: list[torch.Tensor]  # kept alive with their storages, so that no others can pass for them
+    storages: list[torch.UntypedStorage]
+    stamps: list[int]
+
+
+class Folding:
+    """Runs a network, or its folded copy where that may stand in for it.
+
+    The copy is made anew when parameters, statistics or modules have changed since. Two kinds of change leave no trace:
+    through ``.data``, and by fused optimizers. They are noticed if :meth:`clear` is called, or if the network has run
+    in training mode or with gradients, since.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> with torch.no_grad():
+        ...     Folding().run(network, torch.rand(1, 3, 16, 16), nn.Module.__call__).shape
+        torch.Size([1, 8, 14, 14])
+    """
+
+    def __init__(self) -> None:
+        self._modules: list[nn.Module] = []
+        self._pairs: list[Pair] = []
+        self._copy: Copy | None = None
+
+    def run(self, network: nn.Module, images: torch.Tensor, call: Call[Result]) -> Result:
+        """Run a network, always the same one.
+
+        Args:
+            network: The network.
+            images: Images or features, (B, C, H, W).
+            call: What to do with the network, or its copy, and the images.
+
+        Returns:
+            What ``call`` returns.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return call(network, images)
+        modules = all_modules(network)
+        if torch.is_grad_enabled() or any(module.training for module in modules):
+            self.clear()
+            return call(network, images)
+        if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+            return call(network, images)  # hooks see what each module itself gives
+        return call(self._folded(network, modules, images, call), images)
+
+    def clear(self) -> None:
+        """Forget the copy."""
+        self._copy = None
+
+    def _folded(self, network: nn.Module, modules: list[nn.Module], images: torch.Tensor, call: Call) -> nn.Module:
+        if modules != self._modules:
+            self._pairs = find_pairs(network, lambda: call(network, images[:1]))
+            self._modules, self._copy = modules, None
+        if not self._pairs:
+            return network
+        tensors = [
+            tensor
+            for module in modules
+            for group in (module._parameters, module._buffers)
+            for tensor in group.values()
+            if tensor is not None
+        ]
+        now = stamps(tensors)
+        if now is None:
+            return network
+        if self._copy is None or self._copy.stamps != now:
+            # Outside inference mode, whose tensors do not count changes.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                folded = self._copy.network if self._shares(tensors) else sharing_copy(network, tensors)
+                for pair in self._pairs:
+                    fold(network, folded, pair)
+            self._copy = Copy(folded, tensors, [tensor.untyped_storage() for tensor in tensors], now)
+        return self._copy.network
+
+    def _shares(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether there is a copy with these very tensors, and only their values have changed."""
+        return self._copy is not None and all(map(operator.is_, tensors, self._copy.tensors))
+
+    def __reduce__(self) -> tuple[type[Folding], tuple[()]]:
+        """Copied and pickled without the folded network, which is made again when it is needed."""
+        return Folding, ()
+
+
+def all_modules(network: nn.Module) -> list[nn.Module]:
+    """All modules of a network, in a fifth of the time of ``network.modules()``, which each call would wait for."""
+    found = [network]
+    for module in found:  # which grows
+        found += [child for child in module._modules.values() if child is not None]
+    return found
+
+
+class Observer(TorchFunctionMode):
+    """Records calls of functions that give tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable, list[torch.Tensor], Any]] = []  # function, tensors it takes, and result
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if _tensors(result):
+            self.calls.append((func, _tensors((args, kwargs)), result))
+        return result
+
+
+def find_pairs(network: nn.Module, call: Callable[[], Any]) -> list[Pair]:
+    """Find what can be folded by watching the network.
+
+    Whatever a network is made of, a pair is a convolution with a parameter as its kernel, once, whose result a
+    BatchNorm takes, and nobody else.
+
+    Args:
+        network: In eval mode.
+        call: Runs it.
+    """
+    with Observer() as observer:
+        results = call()
+    taken = [tensor for _, inputs, _ in observer.calls for tensor in inputs] + _tensors(results)
+    uses = Counter(map(id, taken))
+    convolutions, norms = {}, {}  # names by tensors
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            convolutions[id(module._parameters.get("weight"))] = name
+        elif type(module) in NORMS:
+            norms[id(module.running_mean)] = name
+    made_by, pairs = {}, []  # convolutions by their results
+    for function, inputs, result in observer.calls:
+        if function in CONVOLUTIONS:
+            weight = inputs[1]
+            if id(weight) in convolutions and uses[id(weight)] == 1:
+                made_by[id(result)] = convolutions[id(weight)]
+        elif function is F.batch_norm and len(inputs) > 1:
+            maps, mean = inputs[:2]
+            if id(maps) in made_by and uses[id(maps)] == 1 and id(mean) in norms and uses[id(mean)] == 1:
+                pairs.append(Pair(made_by[id(maps)], norms[id(mean)]))
+    return pairs
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def sharing_copy(network: nn.Module, tensors: list[torch.Tensor]) -> nn.Module:
+    """Copy a network's modules, not these tensors."""
+    # In eval mode again: copied graphs of torch.fx are in training mode.
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors}).eval()
+
+
+def fold(network: nn.Module, folded: nn.Module, pair: Pair) -> None:
+    """Put a pair of a network, in one convolution, into its copy.
+
+    With half precision, too, this is done in float32 and then rounded.
+    """
+    convolution, norm = network.get_submodule(pair.convolution), network.get_submodule(pair.norm)
+    weight = convolution.weight
+    precision = torch.promote_types(weight.dtype, torch.float32)
+    scale = (norm.running_var.to(precision) + norm.eps).rsqrt()
+    bias = -norm.running_mean.to(precision)
+    if convolution.bias is not None:
+        bias = bias + convolution.bias.to(precision)
+    if norm.affine:
+        scale = scale * norm.weight.to(precision)
+    bias = bias * scale
+    if norm.affine:
+        bias = bias + norm.bias.to(precision)
+    shape = [1, 1, 1, 1]
+    shape[1 if isinstance(convolution, nn.ConvTranspose2d) else 0] = -1
+    kernel = (weight.to(precision) * scale.view(shape)).to(weight.dtype)
+
+    target = folded.get_submodule(pair.convolution)
+    target.weight = nn.Parameter(kernel.contiguous(memory_format=fast_layout(kernel)), requires_grad=False)
+    target.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+    behind = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+    folded.set_submodule(pair.norm, behind)
+
+
+def fast_layout(tensor: torch.Tensor) -> torch.memory_format:
+    """Memory layout of kernels, which maps follow: on a CPU channels last (benchmarks/backbones.py), else as ever."""
+    return torch.channels_last if tensor.device.type == "cpu" else torch.contiguous_format
+
+
+def stamps(tensors: list[torch.Tensor]) -> list[int] | None:
+    """Numbers that change whenever a tensor is replaced, written to or given another storage.
+
+    Returns:
+        ``None`` for tensors that were made in inference mode, which do not count changes.
+    """
+    try:
+        changes = [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return None
+    return changes + [id(tensor) for tensor in tensors] + [tensor.data_ptr() for tensor in tensors]
