@@ -436,7 +436,7 @@ def test_approximate_indices(
 def test_exports_of_auto_are_exact(trained: tuple, images: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """What docs/search.md says of the difference: nowhere below, and by less than a hundredth of the map's range."""
     monkeypatch.setattr(neighbors, "LARGE", 50)
-    monkeypatch.setattr(neighbors, "CANDIDATES", 16)
+    monkeypatch.setattr(neighbors, "CANDIDATES", 40)
     network = restored(trained[1], index="auto").model
     assert [bank.neighbors.kind for bank in (network.local_bank, network.global_bank)] == ["pq", "pq"]
     here = network(images["test"]).anomaly_map
