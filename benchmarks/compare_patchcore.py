@@ -3,19 +3,15 @@ r"""Ulsad, Unislad and Anomalib's Patchcore on the same images, backbone, weight
     python benchmarks/compare_patchcore.py SyntheticLoco tray --models Patchcore Ulsad
     python benchmarks/compare_patchcore.py MVTecAD hazelnut --root path/to/mvtec_ad --models Patchcore Unislad \
         --image_size 224 --vit_weights path/to/vit_small_patch14_dinov2.safetensors --readings default literal unit raw
-    python benchmarks/compare_patchcore.py SyntheticLoco tray --models Unislad --indices flat pq \
-        --image_size 224 --vit_weights path/to/vit_small_patch14_dinov2.safetensors
 
 Training sets without a folder of validation images lose a fifth to validation. Nothing is selected on test images: the
 settings below are the same for all data, all models keep their last state, and thresholds come from normal images.
 
-Readings of Unislad's Mahalanobis transform, and indices of its search, share one pass over the training images:
-features and coresets come before both, so each gets what a training of its own would give it. Its checkpoints are left
-in the results.
+Readings of Unislad's Mahalanobis transform share one pass over the training images: features and coresets come before
+the transform, so each gets what a training of its own would give it. Its checkpoints are left in the results.
 """
 
 import argparse
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +26,6 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_pack.backbones import FrozenBackbone
 from anomalib_pack.metrics import GroupEvaluator
-from anomalib_pack.neighbors import INDICES
 from anomalib_pack.post_processing import RankPreservingPostProcessor
 from anomalib_ulsad import Ulsad
 from anomalib_unislad import Unislad
@@ -67,7 +62,6 @@ def main() -> None:
     parser.add_argument("--vit_layer", type=int, default=8, help="of Unislad")
     parser.add_argument("--vit_weights", default="hub", help="of Unislad")
     parser.add_argument("--readings", nargs="+", default=["default"], choices=READINGS, help="of Unislad")
-    parser.add_argument("--indices", nargs="+", default=["flat"], choices=INDICES, help="of Unislad")
     parser.add_argument("--aggregation", default="patchcore", choices=AGGREGATIONS, help="of Unislad")
     parser.add_argument("--results", type=Path, default=Path("results/compare_patchcore"))
     arguments = parser.parse_args()
@@ -105,17 +99,17 @@ def run_ulsad(arguments: argparse.Namespace, datamodule: AnomalibDataModule) -> 
 
 
 def run_unislad(arguments: argparse.Namespace, datamodule: AnomalibDataModule) -> None:
-    """Fit Unislad with banks of raw features, and test each reading and index with banks made of these."""
+    """Fit Unislad with banks of raw features, and test each reading with banks made of these."""
     raw = unislad(arguments, **READINGS["raw"], normalize_scores=False)
     engine_for(arguments, limit_val_batches=0).fit(raw, datamodule=datamodule)
     state = {key: value for key, value in raw.model.state_dict().items() if "_bank." not in key}
-    for reading, index in product(arguments.readings, arguments.indices):
-        model, engine = unislad(arguments, **READINGS[reading], index=index), engine_for(arguments)
+    for reading in arguments.readings:
+        model, engine = unislad(arguments, **READINGS[reading]), engine_for(arguments)
         model.model.load_state_dict(state, strict=False)
         for bank in BANKS:
             getattr(model.model, bank).fit(getattr(raw.model, bank).neighbors.bank)
         engine.validate(model, datamodule=datamodule, verbose=False)
-        name = f"Unislad_{arguments.category}_{reading}_{arguments.aggregation}_{index}"
+        name = f"Unislad_{arguments.category}_{reading}_{arguments.aggregation}"
         engine.trainer.save_checkpoint(arguments.results / f"{name}.ckpt")
         report(name, engine.test(model, datamodule=datamodule, verbose=False)[0])
 
@@ -145,8 +139,8 @@ def ulsad(arguments: argparse.Namespace) -> AnomalibModule:
     )
 
 
-def unislad(arguments: argparse.Namespace, **others: Any) -> Unislad:
-    """Build Unislad with its defaults, but for the networks and what is given."""
+def unislad(arguments: argparse.Namespace, **reading: bool) -> Unislad:
+    """Build Unislad with its defaults, but for the networks and what a reading says."""
     return Unislad(
         backbone=BACKBONE,
         blocks=BLOCKS,
@@ -158,7 +152,7 @@ def unislad(arguments: argparse.Namespace, **others: Any) -> Unislad:
         aggregation=arguments.aggregation,
         pre_processor=Unislad.configure_pre_processor((arguments.image_size,) * 2),
         **parts_of(arguments),
-        **others,
+        **reading,
     )
 
 
