@@ -5,7 +5,7 @@
     python benchmarks/memory_bank.py coreset --points 20000 --ratio 0.05 --noise
     python benchmarks/memory_bank.py chunks --points 350000 --ratio 0.02
     python benchmarks/memory_bank.py memory
-    python benchmarks/memory_bank.py search --entries 10000
+    python benchmarks/memory_bank.py search --entries 10000 --patchcore
     python benchmarks/memory_bank.py search --entries 200000 --indices pq hnsw
 
 Features are those of Unislad's local patches (EfficientNet-Lite0, 1024 channels, ``aggregation="channels"``), for
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.05)
     parser.add_argument("--entries", type=int, default=10_000, help="of the bank")
     parser.add_argument("--indices", nargs="+", default=["pq", "ivf", "hnsw"], choices=["pq", "ivf", "hnsw"])
+    parser.add_argument("--patchcore", action="store_true", help="compare searches with Patchcore's too")
     parser.add_argument("--images", type=int, help="of one run of 'memory', in this process")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--noise", action="store_true")
@@ -156,12 +157,13 @@ def measure_memory(arguments: argparse.Namespace) -> None:
 def compare_searches(arguments: argparse.Namespace) -> None:
     """Time of the search for one nearest neighbour of an image's patches, and how good what is found is."""
     queries, bank = queries_and_bank(arguments)
-    stock = PatchcoreModel(backbone="resnet18", layers=["layer2"], pre_trained=False).eval()
-    stock.memory_bank = bank
-    searches: dict[str, Callable[[], Any]] = {
-        "Patchcore's nearest_neighbors": lambda: stock.nearest_neighbors(queries, 1)
-    }
-    built = dict.fromkeys(searches, 0.0)
+    searches: dict[str, Callable[[], Any]] = {}
+    built = {}
+    if arguments.patchcore:
+        stock = PatchcoreModel(backbone="resnet18", layers=["layer2"], pre_trained=False).eval()
+        stock.memory_bank = bank
+        searches["Patchcore's nearest_neighbors"] = lambda: stock.nearest_neighbors(queries, 1)
+        built["Patchcore's nearest_neighbors"] = 0.0
     for search, index in (("torch", "flat"), ("faiss", "flat"), *(("faiss", index) for index in arguments.indices)):
         neighbors = NearestNeighbors(search, index)
         neighbors.bank = bank
@@ -189,9 +191,13 @@ def compare_searches(arguments: argparse.Namespace) -> None:
 
 def queries_and_bank(arguments: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """All patches of one image, and a bank of patches of 119 others, whitened as Unislad does."""
-    *others, last = patches(arguments.root, IMAGES)
-    each = -(-arguments.entries // len(others))
-    bank = torch.cat([rows[torch.randperm(len(rows))[:each]] for rows in others])[: arguments.entries]
+    each, bank = -(-arguments.entries // (IMAGES - 1)), []
+    for number, rows in enumerate(patches(arguments.root, IMAGES), start=1):
+        if number == IMAGES:
+            last = rows
+        else:
+            bank.append(rows[torch.randperm(len(rows))[:each]])
+    bank = torch.cat(bank)[: arguments.entries]
     whitening = Whitening(1024, 1e-2, enabled=True, unit_length=False)
     whitening.fit(bank)
     return whitening(last), whitening(bank)
