@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from anomalib import LearningType
@@ -19,6 +20,7 @@ from .metrics import GroupEvaluator, default_test_metrics
 from .pictures import SparingVisualizer
 from .post_processing import RankPreservingPostProcessor
 from .progress import ProgressLines
+from .quantizing import quantize_file
 from .reading import RefusesMisreadImages
 from .resuming import KeepTraining
 
@@ -114,15 +116,21 @@ class OneClassDefaults:
             export_root: Folder of the exported model.
             model_file_name: Its name.
             input_size: Height and width of all images, ``None`` for images of any size.
-            compression_type: As in all Anomalib models.
+            compression_type: As in all Anomalib models. ``INT8_PTQ`` keeps layers in float as the maps of normal
+                validation images need it, see :mod:`anomalib_pack.quantizing`.
             **kwargs: As in all Anomalib models.
 
         Raises:
             ModuleNotFoundError: If OpenVINO is not installed, or NNCF, which all INT8 types need.
+            ValueError: If ``INT8_PTQ`` has no datamodule with normal validation images.
         """
         needed = ["openvino"] if compression_type in {None, CompressionType.FP16} else ["openvino", "nncf"]
         missing = [name for name in needed if not module_available(name)]
         if missing:
             msg = f'This export needs {" and ".join(missing)}: pip install "anomalib-pack[export]".'
             raise ModuleNotFoundError(msg)
-        return super().to_openvino(export_root, model_file_name, input_size, compression_type, **kwargs)
+        if compression_type != CompressionType.INT8_PTQ:
+            return super().to_openvino(export_root, model_file_name, input_size, compression_type, **kwargs)
+        with TemporaryDirectory() as folder:
+            in_float = super().to_openvino(folder, model_file_name, input_size, **kwargs)
+            return quantize_file(in_float, Path(export_root, in_float.relative_to(folder)), kwargs.get("datamodule"))

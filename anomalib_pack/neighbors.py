@@ -9,17 +9,23 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from .checks import require
 
 logger = logging.getLogger(__name__)
 
 SEARCHES = ("auto", "faiss", "torch")
-INDICES = ("flat", "ivf", "hnsw")
+INDICES = ("auto", "flat", "pq", "ivf", "hnsw")
+LARGE = 10_000  # entries from which "auto" is approximate on a CPU; ours, see docs/search.md
 TABLE = 2**24  # distances held at a time: 64 MiB
 ROWS = 4096  # queries whose neighbours are gathered at a time
+WIDTH = 8  # PQ: values that share a code of 4 bits; ours, see docs/search.md
+CANDIDATES = 128  # PQ: entries that are compared exactly; ours, see docs/search.md
+CANDIDATES_EACH = 16  # PQ: at least so many for each neighbour
 LINKS = 32  # HNSW: neighbours of a node; FAISS's default
 BEAM = 64  # HNSW: candidates kept while searching; ours, see docs/search.md
 PROBED = 16  # IVF: one in so many cells is searched; ours, see docs/search.md
@@ -35,8 +41,9 @@ class NearestNeighbors(nn.Module):
 
     Args:
         search: ``"faiss"``, ``"torch"``, or ``"auto"``: FAISS where it is installed for the bank's device.
-        index: ``"flat"`` (exact); for large banks ``"ivf"`` (inverted file) or ``"hnsw"`` (graph), both of FAISS and
-            approximate, see :meth:`recall`.
+        index: ``"flat"`` (exact), ``"pq"`` (product quantiser whose best candidates are compared exactly), ``"ivf"``
+            (inverted file) or ``"hnsw"`` (graph), the last three with FAISS and approximate, see :meth:`recall`.
+            ``"auto"``: ``"pq"`` for banks of 10 000 entries or more on a CPU where FAISS may be used, else ``"flat"``.
 
     Raises:
         ValueError: If a value is impossible; the message names the argument.
@@ -53,18 +60,29 @@ class NearestNeighbors(nn.Module):
     bank: torch.Tensor
 
     def __init__(
-        self, search: Literal["auto", "faiss", "torch"] = "auto", index: Literal["flat", "ivf", "hnsw"] = "flat"
+        self,
+        search: Literal["auto", "faiss", "torch"] = "auto",
+        index: Literal["auto", "flat", "pq", "ivf", "hnsw"] = "auto",
     ) -> None:
         super().__init__()
         require("search", search, search in SEARCHES, f"one of {SEARCHES}")
         require("index", index, index in INDICES, f"one of {INDICES}")
-        require("index", index, index == "flat" or search != "torch", "'flat' with search='torch'")
-        if search == "faiss" or index != "flat":
+        exact = index in ("auto", "flat")  # or can be
+        require("index", index, exact or search != "torch", "'flat' or 'auto' with search='torch'")
+        if search == "faiss" or not exact:
             import_faiss()
         self.search = search
         self.index = index
         self.register_buffer("bank", torch.empty(0, 0))
         self._built: tuple[torch.Tensor, int, Any] | None = None  # the bank, its version, the index made of it
+
+    @property
+    def kind(self) -> str:
+        """The index in use: ``index``, or what ``"auto"`` means for this bank, on its device."""
+        if self.index != "auto":
+            return self.index
+        on_cpu = self.search != "torch" and self.bank.device.type == "cpu" and faiss_serves(self.bank.device)
+        return "pq" if on_cpu and len(self.bank) >= LARGE else "flat"
 
     def forward(self, queries: torch.Tensor, k: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the nearest entries of the bank.
@@ -101,8 +119,11 @@ class NearestNeighbors(nn.Module):
         return (found[:, 0] <= distances * (1 + 1e-6)).float().mean().item()
 
     def _indices(self, queries: torch.Tensor, bank: torch.Tensor, k: int) -> torch.Tensor:
-        if self.index != "flat":
-            return self._approximate(queries, bank, k)
+        kind = self.kind
+        if kind == "pq" and candidates(k) >= len(bank):
+            kind = "flat"  # all entries would be compared exactly
+        if kind != "flat":
+            return self._approximate(queries, bank, k, kind)
         if self.search == "torch" or (self.search == "auto" and not faiss_serves(bank.device)):
             return nearest_in_parts(queries, bank, k)
         faiss = import_faiss()
@@ -111,9 +132,9 @@ class NearestNeighbors(nn.Module):
             return faiss.knn_gpu(gpu_resources(), queries, bank, k)[1]
         return torch.from_numpy(faiss.knn(queries.numpy(), bank.numpy(), k)[1])
 
-    def _approximate(self, queries: torch.Tensor, bank: torch.Tensor, k: int) -> torch.Tensor:
+    def _approximate(self, queries: torch.Tensor, bank: torch.Tensor, k: int, kind: str) -> torch.Tensor:
         if self._built is None or self._built[0] is not self.bank or self._built[1] != self.bank._version:
-            self._built = (self.bank, self.bank._version, build_index(bank.cpu(), self.index))
+            self._built = (self.bank, self.bank._version, build_index(bank.cpu(), kind))
         found = torch.from_numpy(self._built[2].search(queries.cpu().numpy(), k)[1]).to(bank.device)
         short = (found < 0).any(dim=1)  # what was searched has fewer than k entries
         if short.any():
@@ -148,8 +169,53 @@ def nearest_in_parts(queries: torch.Tensor, bank: torch.Tensor, k: int) -> torch
     return nearest_in_torch(queries, bank, k, max(1, TABLE // len(bank)))
 
 
+class CodedBank:
+    """A product quantiser's codes of a bank (n, D), and the exact comparison of the candidates that they give.
+
+    A code has 4 bits for ``WIDTH`` values, so that processors look up the distances of 32 entries at once (FAISS's
+    "fast scan"). The same bank gives the same codes, whatever the number of threads.
+
+    Args:
+        bank: On the CPU, float32. It is not copied.
+    """
+
+    def __init__(self, bank: torch.Tensor) -> None:
+        self.faiss = import_faiss()
+        self.bank = bank.numpy()
+        rows = coded_rows(bank)
+        self.codes = self.faiss.IndexPQFastScan(rows.shape[1], rows.shape[1] // WIDTH, 4)
+        self.codes.pq.cp.min_points_per_centroid = 1  # otherwise a warning for small banks
+        self.codes.train(rows)
+        self.codes.add(rows)
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Squared distances (Q, k) and indices (Q, k) for queries (Q, D), as FAISS's indices give them."""
+        parts = [self._search(torch.from_numpy(rows), k) for rows in np.split(queries, range(ROWS, len(queries), ROWS))]
+        return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+
+    def _search(self, queries: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+        _, found = self.codes.search(coded_rows(queries), candidates(k))
+        squared = np.empty(found.shape, dtype=np.float32)
+        pointers = [self.faiss.swig_ptr(array) for array in (squared, queries.numpy(), self.bank, found)]
+        self.faiss.fvec_L2sqr_by_idx(*pointers, queries.shape[1], *found.shape)
+        best, places = torch.from_numpy(squared).topk(k, dim=1, largest=False)
+        return best.numpy(), np.take_along_axis(found, places.numpy(), axis=1)
+
+
+def candidates(k: int) -> int:
+    """Number of entries that :class:`CodedBank` compares exactly for ``k`` neighbours."""
+    return max(CANDIDATES, CANDIDATES_EACH * k)
+
+
+def coded_rows(rows: torch.Tensor) -> np.ndarray:
+    """Rows (n, D) as they are coded: with zeros up to a multiple of ``WIDTH`` values."""
+    return pad(rows, (0, -rows.shape[1] % WIDTH)).numpy() if rows.shape[1] % WIDTH else rows.numpy()
+
+
 def build_index(bank: torch.Tensor, kind: str) -> Any:
     """Build FAISS's approximate index of a bank (n, D) on the CPU."""
+    if kind == "pq":
+        return CodedBank(bank)
     faiss = import_faiss()
     entries, dimension = bank.shape
     if kind == "hnsw":

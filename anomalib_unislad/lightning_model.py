@@ -72,7 +72,8 @@ class Unislad(ValidatesAtTheEnd, ValidatesForOtherSettings, FollowsCheckpoint, O
         normalize_scores: Bring the four scores to one scale by their mean and standard deviation on normal validation
             images (ours; ``False`` is the paper read literally).
         search: ``"faiss"``, ``"torch"``, or ``"auto"`` for FAISS where it is installed for the device.
-        index: ``"flat"`` (exact), or ``"ivf"`` or ``"hnsw"`` for large banks: approximate, with the recall logged.
+        index: ``"flat"`` (exact), or ``"pq"``, ``"ivf"`` or ``"hnsw"`` for large banks: approximate, with the recall
+            logged. ``"auto"``: ``"pq"`` for banks of 10 000 patches or more on a CPU with FAISS, else ``"flat"``.
         use_cnn: Use the CNN (RFE in Table III).
         use_vit: Use the vision transformer (VFE in Table III).
         whitening: Use the Mahalanobis transform (MT in Table III, Eqs. 6 to 9). ``False`` leaves the raw features.
@@ -121,7 +122,7 @@ class Unislad(ValidatesAtTheEnd, ValidatesForOtherSettings, FollowsCheckpoint, O
         shrinkage: float = 1e-2,
         normalize_scores: bool = True,
         search: Literal["auto", "faiss", "torch"] = "auto",
-        index: Literal["flat", "ivf", "hnsw"] = "flat",
+        index: Literal["auto", "flat", "pq", "ivf", "hnsw"] = "auto",
         use_cnn: bool = True,
         use_vit: bool = True,
         whitening: bool = True,
@@ -239,11 +240,11 @@ class Unislad(ValidatesAtTheEnd, ValidatesForOtherSettings, FollowsCheckpoint, O
         banks = {"local": (self.model.local_bank, features.local_patches)}
         banks["global"] = (self.model.global_bank, features.global_patches)
         for kind, (bank, patches) in banks.items():
-            if bank is not None and bank.neighbors.index != "flat":
+            if bank is not None and bank.neighbors.kind != "flat":
                 rows = patch_rows(patches)
                 queries = bank.whitening(rows[torch.linspace(0, len(rows) - 1, RECALL_QUERIES).long().unique()])
                 recall = bank.neighbors.recall(queries)
-                logger.info("Recall of the %s index of %s patches: %.4f", bank.neighbors.index, kind, recall)
+                logger.info("Recall of the %s index of %s patches: %.4f", bank.neighbors.kind, kind, recall)
 
     def training_step(self, _batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
         """Train nothing; Lightning wants a loss."""

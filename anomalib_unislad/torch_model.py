@@ -138,7 +138,7 @@ class UnisladModel(nn.Module):
         pooling: str = "lum+pmp",
         shrinkage: float = 1e-2,
         search: str = "auto",
-        index: str = "flat",
+        index: str = "auto",
         use_cnn: bool = True,
         use_vit: bool = True,
         whitening: bool = True,

@@ -182,7 +182,7 @@ def report(name: str, metrics: dict[str, float]) -> None:
     print(f"\n{name}\n\n| metric | value |\n|---|---|")
     for metric, value in sorted(metrics.items()):
         if "F1Score" not in metric:
-            print(f"| {metric} | {100 * value:.1f} |", flush=True)
+            print(f"| {metric} | {100 * value:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import io
 import pickle
 import sys
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from anomalib_pack import neighbors as module
 from anomalib_pack.neighbors import NearestNeighbors, faiss_serves
 
 SEARCHES = ("auto", "faiss", "torch")
+APPROXIMATE = ("pq", "ivf", "hnsw")
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -95,10 +97,17 @@ def test_half_precision_bank() -> None:
     np.testing.assert_allclose(distances.double().numpy(), expected_distances, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("search", "index"), [("torch", "flat"), ("auto", "flat"), ("auto", "ivf"), ("faiss", "hnsw")])
+@pytest.mark.parametrize(
+    ("search", "index"),
+    [("torch", "flat"), ("auto", "flat"), ("auto", "auto"), ("auto", "pq"), ("auto", "ivf"), ("faiss", "hnsw")],
+)
 @pytest.mark.parametrize("k", [1, 5])
-def test_export_searches_exactly_in_plain_tensors(search: str, index: str, k: int) -> None:
+def test_export_searches_exactly_in_plain_tensors(
+    search: str, index: str, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever searches here, and for any number of queries."""
+    monkeypatch.setattr(module, "LARGE", 60)  # "auto" is approximate
+    monkeypatch.setattr(module, "CANDIDATES", 20)
 
     class Fixed(torch.nn.Module):
         def __init__(self) -> None:
@@ -123,7 +132,7 @@ def test_recall_of_the_exact_search(search: str) -> None:
     assert search_in(clusters(500), search).recall(clusters(200, seed=1)) == 1
 
 
-@pytest.mark.parametrize("index", ["ivf", "hnsw"])
+@pytest.mark.parametrize("index", APPROXIMATE)
 @pytest.mark.parametrize("k", [1, 5])
 def test_approximate_search(index: str, k: int) -> None:
     """Most neighbours are the nearest; what is said of each is true of it; the recall is what brute force says."""
@@ -153,7 +162,7 @@ def test_recall_that_is_low(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.recall(asked) == pytest.approx(share)
 
 
-@pytest.mark.parametrize("index", ["ivf", "hnsw"])
+@pytest.mark.parametrize("index", APPROXIMATE)
 @pytest.mark.parametrize("entries", [1, 2, 30])
 def test_small_banks(index: str, entries: int) -> None:
     """The probed cells may hold fewer entries than are asked for; FAISS then answers -1, which is no entry."""
@@ -164,16 +173,78 @@ def test_small_banks(index: str, entries: int) -> None:
     np.testing.assert_allclose(distances.double().numpy(), expected_distances, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dimension", [3, 8, 13, 64])
+@pytest.mark.parametrize("k", [1, 4])
+def test_candidates_of_codes_are_compared_exactly(dimension: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all entries but one as candidates nothing is missed, however rough the codes are; any length of features."""
+    monkeypatch.setattr(module, "CANDIDATES", 299)
+    monkeypatch.setattr(module, "ROWS", 30)
+    asked, bank = random(70, dimension), random(300, dimension, seed=1)
+    found = search_in(bank, "auto", "pq")
+    distances, indices = found(asked, k)
+    assert found._built is not None
+    expected_distances, expected_indices = brute_force(asked, bank, k)
+    np.testing.assert_array_equal(indices.numpy(), expected_indices)
+    np.testing.assert_allclose(distances.double().numpy(), expected_distances, rtol=1e-5)
+
+
+def test_codes_need_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them find more: far more than codes alone, which are too rough for points without structure."""
+    asked, bank = random(300, 64, seed=1), random(3000, 64)
+    recalls = []
+    for count in (1, 16, 512):
+        monkeypatch.setattr(module, "CANDIDATES", count)
+        monkeypatch.setattr(module, "CANDIDATES_EACH", 1)
+        recalls.append(search_in(bank, "auto", "pq").recall(asked))
+    assert recalls[0] < 0.1 < recalls[1] < 0.5 < 0.8 < recalls[2]
+
+
+def test_codes_do_not_depend_on_threads_or_batches() -> None:
+    asked, bank = clusters(200, seed=1), clusters(3000)
+    expected = search_in(bank, "auto", "pq")(asked, 3)
+    found, threads = search_in(bank, "auto", "pq"), faiss.omp_get_max_threads()
+    try:
+        faiss.omp_set_num_threads(3 - min(threads, 2))
+        parts = [found(rows, 3) for rows in asked.split([1, 2, 17, 180])]
+    finally:
+        faiss.omp_set_num_threads(threads)
+    for ours, parted in zip(expected, zip(*parts, strict=True), strict=True):
+        assert torch.equal(ours, torch.cat(parted))
+
+
+def test_auto_is_exact_for_small_banks_and_where_faiss_is_not_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fixed rule, that of docs/search.md."""
+    large = clusters(module.LARGE)
+    asked = clusters(50, seed=1)
+    assert module.LARGE == 10_000
+    for search, bank, kind in (
+        ("auto", large, "pq"),
+        ("faiss", large, "pq"),
+        ("torch", large, "flat"),
+        ("auto", large[1:], "flat"),
+        ("auto", large.to("meta"), "flat"),  # any device but the CPU
+    ):
+        found = search_in(bank, search, "auto")
+        assert found.kind == kind
+        if bank.device.type == "cpu":
+            torch.testing.assert_close(found(asked), search_in(bank, search, kind)(asked))
+            assert (found._built is not None) == (kind == "pq")
+    monkeypatch.setattr(module, "find_spec", lambda _name: None)
+    assert search_in(large, "auto", "auto").kind == "flat"
+    assert search_in(large, "auto", "ivf").kind == "ivf"
+
+
 @pytest.fixture
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the banks that an index is built of."""
+    monkeypatch.setattr(module, "CANDIDATES", 20)  # fewer than the entries, so that codes are needed
     counted = []
     build = module.build_index
     monkeypatch.setattr(module, "build_index", lambda bank, kind: counted.append(len(bank)) or build(bank, kind))
     return counted
 
 
-@pytest.mark.parametrize("index", ["ivf", "hnsw"])
+@pytest.mark.parametrize("index", APPROXIMATE)
 def test_index_is_never_stale(index: str, builds: list[int]) -> None:
     """Built when it is first needed, once for a bank, again whenever the bank has changed in any way."""
     found = search_in(random(50, 4), "auto", index)
@@ -200,7 +271,7 @@ def test_index_is_never_stale(index: str, builds: list[int]) -> None:
     assert builds == [50, 60, 60, 70, 70, 70]
 
 
-@pytest.mark.parametrize("index", ["ivf", "hnsw"])
+@pytest.mark.parametrize("index", APPROXIMATE)
 def test_index_stays_out_of_files_and_copies(index: str, builds: list[int]) -> None:
     found = search_in(clusters(200), "auto", index)
     asked = clusters(20, seed=1)
@@ -262,7 +333,9 @@ def no_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_faiss")
-@pytest.mark.parametrize("arguments", [{"search": "faiss"}, {"index": "ivf"}, {"index": "hnsw"}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{"search": "faiss"}, {"index": "pq"}, {"index": "ivf"}, {"index": "hnsw"}], ids=str
+)
 def test_without_faiss(arguments: dict) -> None:
     """Said when the model is built, with what to install and what to do without."""
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'anomalib-pack\[cpu\]'.*search='torch'") as failure:
@@ -275,7 +348,7 @@ def test_without_faiss(arguments: dict) -> None:
 def test_search_without_faiss(search: str) -> None:
     assert not faiss_serves(torch.device("cpu"))
     bank = random(30, 4)
-    distances, indices = search_in(bank, search)(bank)
+    distances, indices = search_in(bank, search, "auto")(bank)
     assert indices[:, 0].tolist() == list(range(30))
     assert not distances.any()
 
@@ -295,7 +368,10 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize(("search", "index"), [("auto", "flat"), ("torch", "flat"), ("auto", "ivf"), ("auto", "hnsw")])
+@pytest.mark.parametrize(
+    ("search", "index"),
+    [("auto", "flat"), ("auto", "auto"), ("torch", "flat"), ("auto", "pq"), ("auto", "ivf"), ("auto", "hnsw")],
+)
 def test_cuda_agrees_with_the_cpu(search: str, index: str) -> None:
     asked, bank = clusters(400, seed=1), clusters(3000)
     expected_distances, expected_indices = search_in(bank, search, index)(asked, 5)

@@ -8,6 +8,7 @@ From the outside in::
     pipeline.py     the subcommand: one model after another, results after each
     settings.py     what a configuration may say
     measurement.py  all that is measured on one model
+    formats.py      what is measured on a model's files: Torch, ONNX, OpenVINO
     process.py      runs a function in a process of its own
     models.py       a model as measured: fresh, from a checkpoint, or fitted where it has a memory bank
     timing.py       timed passes: latency and throughput

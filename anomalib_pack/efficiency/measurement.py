@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,10 @@ from anomalib_pack.efficiency.timing import inference, latency, networks_alone, 
 PASSES = {"prediction": inference, "networks": networks_alone}  # by protocol
 
 
-def measure_or_error(entry: Entry, settings: Settings) -> dict[str, Any]:
-    """Measure a model; if that fails, return the `error` in one line and its `traceback` instead."""
+def or_error(function: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
+    """Call a function that returns a row; if it fails, return the `error` in one line and its `traceback` instead."""
     try:
-        return measure(entry, settings)
+        return function(*arguments)
     except Exception as error:  # whatever is wrong with one model, the others are measured
         message = str(error) or str(error.__cause__)  # Anomalib's error for an unknown model is empty
         return {"error": f"{type(error).__name__}: {' '.join(message.split())}", "traceback": traceback.format_exc()}

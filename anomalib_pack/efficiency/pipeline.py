@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from anomalib.pipelines.components.base import Pipeline, Runner
@@ -12,9 +14,17 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from rich.console import Console
 
 from anomalib_pack.efficiency.accuracy import read_accuracy
-from anomalib_pack.efficiency.measurement import measure_or_error
+from anomalib_pack.efficiency.formats import measure_format
+from anomalib_pack.efficiency.measurement import measure, or_error
 from anomalib_pack.efficiency.plot import plot_latency
-from anomalib_pack.efficiency.report import console_table, short_error, write_csv, write_markdown
+from anomalib_pack.efficiency.report import (
+    console_table,
+    format_table,
+    full_name,
+    short_error,
+    write_csv,
+    write_markdown,
+)
 from anomalib_pack.efficiency.settings import Entry, Settings, entries
 from anomalib_pack.process import in_own_process
 
@@ -59,7 +69,8 @@ class Efficiency(Pipeline):
         folder.mkdir(parents=True)
         rows = _measure_all(models, settings, accuracy, folder)
         _conclude(rows, settings.metric, folder)
-        if any("error" in row and not entry.may_fail for entry, row in zip(models, rows, strict=True)):
+        may_fail = {entry.name for entry in models if entry.may_fail}
+        if any("error" in row and row["model"] not in may_fail for row in rows):
             raise SystemExit(1)
 
     def _setup_runners(self, args: dict) -> list[Runner]:
@@ -73,31 +84,47 @@ def _measure_all(models: list[Entry], settings: Settings, accuracy: dict[str, fl
     rows: list[dict[str, Any]] = []
     for position, entry in enumerate(models, start=1):
         console.print(f"[{position}/{len(models)}] {entry.name}", markup=False)
-        try:
-            row = in_own_process(measure_or_error, entry, settings)
-        except RuntimeError as error:
-            row = {"error": str(error), "traceback": ""}
-        if entry.name in accuracy:
-            row[settings.metric] = accuracy[entry.name]
-        rows.append({"model": entry.name, **row})
-        try:
-            write_csv(rows, folder / "results.csv")
-            write_markdown(rows, folder / "results.md", settings.metric)
-        except OSError as error:  # e.g. a full disk; the table is printed at the end
-            console.print(error.strerror, markup=False, soft_wrap=True)
+        for row in _rows_of(entry, settings):
+            if entry.name in accuracy and "format" not in row:
+                row[settings.metric] = accuracy[entry.name]
+            rows.append({"model": entry.name, **row})
+            try:
+                write_csv(rows, folder / "results.csv")
+                write_markdown(rows, folder / "results.md", settings.metric)
+            except OSError as error:  # e.g. a full disk; the table is printed at the end
+                console.print(error.strerror, markup=False, soft_wrap=True)
     return rows
+
+
+def _rows_of(entry: Entry, settings: Settings) -> Iterator[dict[str, Any]]:
+    """The network's row, then one for each format."""
+    yield _measured(measure, entry, settings)
+    if not settings.formats:
+        return
+    with TemporaryDirectory() as folder:
+        for kind in dict.fromkeys(["torch", *settings.formats]):
+            yield {"format": kind} | _measured(measure_format, entry, settings, kind, Path(folder))
+
+
+def _measured(*call: Any) -> dict[str, Any]:
+    try:
+        return in_own_process(or_error, *call)
+    except RuntimeError as error:
+        return {"error": str(error), "traceback": ""}
 
 
 def _conclude(rows: list[dict[str, Any]], metric: str, folder: Path) -> None:
     console = Console()
     console.print(console_table(rows))
+    if any("format" in row for row in rows):
+        console.print(format_table(rows))
     failed = [row for row in rows if "error" in row]
     for row in failed:
-        console.print(f"{row['model']} failed: {short_error(row)}", markup=False, soft_wrap=True)
+        console.print(f"{full_name(row)} failed: {short_error(row)}", markup=False, soft_wrap=True)
     if failed:
-        tracebacks = [f"{row['model']}\n{row['traceback'] or row['error']}\n" for row in failed]
+        tracebacks = [f"{full_name(row)}\n{row['traceback'] or row['error']}\n" for row in failed]
         (folder / "errors.log").write_text("\n".join(tracebacks), encoding="utf-8")
-    placed = [row for row in rows if metric in row and "error" not in row]
+    placed = [row for row in rows if metric in row and not {"error", "format"} & row.keys()]
     if placed:
         plot_latency(placed, metric, folder / "latency_accuracy.png")
     console.print(f"Results: {folder}", soft_wrap=True)

@@ -1,11 +1,14 @@
 """The results as CSV, Markdown and console tables.
 
-A row is a dictionary with `model` and either what ``measurement.measure`` returns or an `error`.
+A row is a dictionary with `model` and either what ``measurement.measure`` returns or an `error`. Rows with a `format`
+are of files, with what ``formats.measure_format`` returns; they have tables of their own.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -19,24 +22,37 @@ Row = dict[str, Any]
 
 ABOUT_RUN = ("device", "device_name", "threads", "protocol", "warmup", "passes", "runs")
 ERROR_WIDTH = 160
+FILE_COLUMNS: dict[str, Callable[[Row], Any]] = {
+    "Model": itemgetter("model"),
+    "Format": itemgetter("format"),
+    "MiB": itemgetter("size_mib"),
+    "AUROC": lambda row: row.get("image_AUROC"),
+    "off": lambda row: _percent(row.get("map_deviation_mean")),
+    "most": lambda row: _percent(row.get("map_deviation_max")),
+    "ms": itemgetter("latency_mean_ms"),
+    "95 %": itemgetter("latency_p95_ms"),
+    "img/s": lambda row: 1000 / row["latency_mean_ms"],
+}
 VERSIONS = ("anomalib_pack", "anomalib", "torch", "timm", "faiss", "cuda", "python")
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
-    """Write all columns, one row per model."""
+    """Write all columns, one row per model, or per model and format."""
     table = pd.DataFrame(rows).drop(columns="traceback", errors="ignore")
     table = table.convert_dtypes()  # whole numbers stay whole beside the gaps of a failed model
     replace_file(path, table.to_csv(index=False).encode())
 
 
 def write_markdown(rows: list[Row], path: Path, metric: str) -> None:
-    """Write a table like the paper's Table 11, with what it was measured on.
+    """Write a table like the paper's Table 11, with what it was measured on, and one of the files, if there are any.
 
     Args:
         rows: One per model.
         path: Of the file.
         metric: Column of the accuracy, which is left out if no row has it.
     """
+    files = [row for row in rows if "format" in row]
+    rows = _networks(rows)
     measured = [row for row in rows if "error" not in row]
     batches = _batches(rows)
     header = ["Model", "Input", "Precision"]
@@ -48,11 +64,16 @@ def write_markdown(rows: list[Row], path: Path, metric: str) -> None:
     for row in rows:
         cells = _failed(row, header) if "error" in row else _cells(row, header, batches, metric)
         lines.append(_line(cells))
+    if files:
+        titles = list(FILE_COLUMNS)
+        lines += ["", "## Files", "", _line(titles), "|---|---|" + "---:|" * (len(titles) - 2)]
+        lines += [_line(_failed(row, titles) if "error" in row else _file_cells(row)) for row in files]
     replace_file(path, ("\n".join(lines) + "\n").encode())
 
 
 def console_table(rows: list[Row]) -> Table:
     """Make a table that fits 80 columns; the throughput is that of the last batch size."""
+    rows = _networks(rows)
     batch = next(reversed(_batches(rows)), None)
     images = "" if batch is None else f"img/s: batch {batch}; "
     table = Table(title="Efficiency", caption=f"ms: mean latency; {images}M par.: + values in the bank")
@@ -62,6 +83,31 @@ def console_table(rows: list[Row]) -> Table:
     for row in rows:
         table.add_row(row["model"], *(["failed"] if "error" in row else _console_cells(row, batch)))
     return table
+
+
+def format_table(rows: list[Row]) -> Table:
+    """Make the console table of the files."""
+    table = Table(title="Files", caption="off: from torch's maps, mean and most, in per cent of their range")
+    for title in FILE_COLUMNS:
+        table.add_column(title, overflow="fold", justify="left" if title in ("Model", "Format") else "right")
+    for row in rows:
+        if "format" in row:
+            failed = [row["model"], row["format"], "failed"]
+            table.add_row(*(failed if "error" in row else _file_cells(row)))
+    return table
+
+
+def full_name(row: Row) -> str:
+    """The model's name, and the format's."""
+    return f"{row['model']}, {row['format']}" if "format" in row else row["model"]
+
+
+def _networks(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if "format" not in row]
+
+
+def _file_cells(row: Row) -> list[str]:
+    return [row["model"], row["format"], *(_number(value(row)) for value in list(FILE_COLUMNS.values())[2:])]
 
 
 def _console_cells(row: Row, batch: int | None) -> list[str]:
@@ -101,7 +147,7 @@ def _cells(row: Row, header: list[str], batches: list[int], metric: str) -> list
 
 
 def _failed(row: Row, header: list[str]) -> list[str]:
-    return [row["model"], f"failed: {short_error(row)}".replace("|", "\\|"), *[""] * (len(header) - 2)]
+    return [full_name(row), f"failed: {short_error(row)}".replace("|", "\\|"), *[""] * (len(header) - 2)]
 
 
 def _about(measured: list[Row]) -> list[str]:
@@ -127,6 +173,10 @@ def _parameters(row: Row) -> str:
 def _with_deviation(mean: float, std: float | None) -> str:
     # As the paper's "2.2 (± 0.01)".
     return _number(mean) if std is None else f"{_number(mean)} (± {_number(std)})"
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def _number(value: float | None) -> str:

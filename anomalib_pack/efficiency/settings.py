@@ -14,6 +14,7 @@ from anomalib_pack.checks import check_keys
 
 Precision = Literal["float32", "float16", "bfloat16"]
 Protocol = Literal["prediction", "networks"]
+Format = Literal["torch", "onnx", "openvino", "openvino_float16", "openvino_int8"]
 
 # Sec. 5: PatchCore is measured on VisA's cashew, which has 450 training images.
 DEFAULT_DATA = {
@@ -42,6 +43,10 @@ class Settings:
         batch_sizes: Batch sizes whose throughput and memory are measured. The latency is that of batch size 1.
         data: Datamodule that models with a memory bank are fitted on, with `class_path` and `init_args`. By default
             450 images of `SyntheticLoco`, rendered at the first use: the paper's PatchCore is fitted on 450.
+        formats: Files of each model to measure too, as a whole and on the CPU: from the image to map, score and label.
+            `torch` (eager mode) is always among them.
+        accuracy_data: Datamodule on whose test images each format is scored and compared with `torch`; INT8 is
+            calibrated with its normal validation images, or else with those of `data`.
         results: CSV file with a column `model` or `model.class_path`, as `anomalib benchmark` writes it: a plot of
             latency against accuracy is drawn.
         metric: Column of `results` that is the accuracy.
@@ -56,6 +61,8 @@ class Settings:
     runs: PositiveInt = 5
     batch_sizes: list[PositiveInt] = field(default_factory=lambda: [16])
     data: dict[str, Any] | None = None  # a default with a class_path would be jsonargparse's to interpret
+    formats: list[Format] = field(default_factory=list)
+    accuracy_data: dict[str, Any] | None = None
     results: Path | None = None
     metric: str = "image_AUROC"
 

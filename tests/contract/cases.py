@@ -169,6 +169,7 @@ CASES = {
             "vit": "vit_tiny_patch16_224",
             "vit_layer": 2,
             "vit_weights": None,  # no wheel has trained ones
+            "index": "flat",  # exact, as exports are
         },
         epochs=1,
         impossible={

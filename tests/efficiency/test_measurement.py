@@ -10,7 +10,7 @@ from anomalib.pre_processing import PreProcessor
 from tiny_model import TinyModel, TinyNet
 
 from anomalib_pack.efficiency import models
-from anomalib_pack.efficiency.measurement import measure, measure_or_error
+from anomalib_pack.efficiency.measurement import measure, or_error
 from anomalib_pack.efficiency.settings import Entry, Settings
 from anomalib_pack.efficiency.timing import networks_alone
 from anomalib_pack.process import in_own_process
@@ -137,7 +137,7 @@ def test_image_size() -> None:
 
 def test_unknown_image_size() -> None:
     pre_processor = PreProcessor(transform=torch.nn.Identity())
-    row = measure_or_error(entry(init_args={"pre_processor": pre_processor}), settings())
+    row = or_error(measure, entry(init_args={"pre_processor": pre_processor}), settings())
     assert row["error"] == "ValueError: the pre-processor of tiny does not resize images: give an image_size."
     assert "Traceback" in row["traceback"]
 
@@ -145,12 +145,12 @@ def test_unknown_image_size() -> None:
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_networks_that_cannot_run_in_half_precision(precision: str) -> None:
     """Anomalib's EfficientAd; if this fails, it can, and docs/efficiency.md and the configurations say otherwise."""
-    row = measure_or_error(entry("EfficientAd", precision=precision), settings())
+    row = or_error(measure, entry("EfficientAd", precision=precision), settings())
     assert row["error"].startswith("RuntimeError: Input type (float) and bias type (")
 
 
 def test_failure_is_one_line() -> None:
-    row = measure_or_error(entry("NoSuchModel"), settings())
+    row = or_error(measure, entry("NoSuchModel"), settings())
     assert "has no attribute 'NoSuchModel'" in row["error"]
     assert "\n" not in row["error"]
 
@@ -164,7 +164,7 @@ def test_fitted_bank(loco_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     patchcore = entry("Patchcore", init_args=TINY_PATCHCORE, image_size=[64, 64], data=data)
     row = measure(patchcore, settings(batch_sizes=[]))
-    refused = measure_or_error(patchcore, settings(protocol="networks"))["error"]
+    refused = or_error(measure, patchcore, settings(protocol="networks"))["error"]
     assert refused.startswith("ValueError: tiny has a memory bank")
     kept = 13 * 8 * 8 // 4  # images, locations, sampling ratio
     assert row["bank"] == f"{kept} x 128"

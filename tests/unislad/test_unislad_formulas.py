@@ -368,7 +368,7 @@ def without(features: Features, use_cnn: bool, use_vit: bool) -> Features:
 
 def build(**arguments) -> UnisladModel:
     torch.manual_seed(0)
-    small = {"backbone": "test_resnet", "blocks": ["layer1"], "local_dim": LOCAL_DIM, "weights": None}
+    small = {"backbone": "test_resnet", "blocks": ["layer1"], "local_dim": LOCAL_DIM, "weights": None, "index": "flat"}
     vit = {"vit": "test_vit", "vit_layer": 1, "vit_weights": None}
     return UnisladModel(**(small | vit | arguments)).eval()
 

@@ -19,6 +19,7 @@ from anomalib.engine import Engine
 from anomalib.models import Patchcore
 from lightning.pytorch import Callback
 
+from anomalib_pack import neighbors
 from anomalib_pack.coreset import k_center_greedy
 from anomalib_pack.data import MVTecLoco
 from anomalib_pack.neighbors import NearestNeighbors
@@ -34,6 +35,7 @@ SMALL = {
     "vit": "test_vit",
     "vit_layer": 2,
     "vit_weights": None,
+    "index": "flat",
 }
 SIZE = (64, 64)
 TRAINING_IMAGES = 13  # of the rendered data set
@@ -122,7 +124,7 @@ def test_defaults() -> None:
         "image_distribution": True,
         "normalize_scores": True,
         "search": "auto",
-        "index": "flat",
+        "index": "auto",
         "vit_weights": "hub",
     }
     assert {name: defaults[name] for name in paper} == paper
@@ -356,7 +358,7 @@ def test_readings_of_the_transform(loco: MVTecLoco, images: dict, tmp_path: Path
     assert (similarity.max() < 0.9) == (reading == "literal")  # plain tokens of one category resemble each other
 
     torch.testing.assert_close(restored(checkpoint).model(images["test"]), result, atol=1e-5, rtol=1e-5)
-    for index in ("ivf", "hnsw"):
+    for index in ("pq", "ivf", "hnsw"):
         loaded = restored(checkpoint, index=index).model
         assert (
             loaded(images["test"]).anomaly_map >= result.anomaly_map - 1e-4
@@ -395,11 +397,18 @@ def test_search_back_ends_agree(trained: tuple, images: dict) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("index", ["ivf", "hnsw"])
+@pytest.mark.parametrize("index", ["pq", "ivf", "hnsw"])
 def test_approximate_indices(
-    trained: tuple, images: dict, loco: MVTecLoco, tmp_path: Path, index: str, caplog: pytest.LogCaptureFixture
+    trained: tuple,
+    images: dict,
+    loco: MVTecLoco,
+    tmp_path: Path,
+    index: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Trained for real; the recall is logged for both banks; no file and no copy holds an index."""
+    monkeypatch.setattr(neighbors, "CANDIDATES", 20)  # fewer than the entries, so that codes are needed
     with caplog.at_level(logging.INFO, logger="anomalib_unislad"):
         model, checkpoint = train(loco, tmp_path, index=index)
     recalls = [record for record in caplog.records if record.message.startswith(f"Recall of the {index} index")]
@@ -421,6 +430,46 @@ def test_approximate_indices(
     other, other_checkpoint = train(loco, tmp_path, index=index, local_ratio=0.02)
     model.load_state_dict(torch.load(other_checkpoint, weights_only=True)["state_dict"])
     torch.testing.assert_close(model.model(images["test"]), other.model(images["test"]), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_exports_of_auto_are_exact(trained: tuple, images: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What docs/search.md says of the difference: nowhere below, and by less than a hundredth of the map's range."""
+    monkeypatch.setattr(neighbors, "LARGE", 50)
+    monkeypatch.setattr(neighbors, "CANDIDATES", 40)
+    network = restored(trained[1], index="auto").model
+    assert [bank.neighbors.kind for bank in (network.local_bank, network.global_bank)] == ["pq", "pq"]
+    here = network(images["test"]).anomaly_map
+    exported = torch.export.export(network, (images["test"],)).module()(images["test"]).anomaly_map
+    torch.testing.assert_close(exported, restored(trained[1]).model(images["test"]).anomaly_map, atol=1e-4, rtol=1e-4)
+    excess = here - exported
+    assert excess.max() > 1e-3  # with so few candidates something is missed
+    assert excess.min() > -1e-4
+    assert excess.mean() < 0.01 * (exported.max() - exported.min())
+
+
+@torch.no_grad()
+def test_auto_changes_nothing_for_small_banks(trained: tuple, images: dict) -> None:
+    """So that of a checkpoint with exact search, the former default, is the same with today's."""
+    assert torch.load(trained[1], weights_only=True)["hyper_parameters"]["index"] == "flat"
+    exact, auto = restored(trained[1]).model, restored(trained[1], index="auto").model
+    assert exact.local_bank.neighbors.kind == auto.local_bank.neighbors.kind == "flat"
+    torch.testing.assert_close(auto(images["test"]), exact(images["test"]), atol=0, rtol=0)
+
+
+def test_recall_of_auto_is_logged(
+    trained: tuple, images: dict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of banks that are large enough for it to be approximate."""
+    model = restored(trained[1], index="auto")
+    sizes = [len(bank.neighbors.bank) for bank in (model.model.local_bank, model.model.global_bank)]
+    with torch.no_grad(), caplog.at_level(logging.INFO, logger="anomalib_unislad"):
+        features = model.model.extract(images["train"])
+        model._log_recall(features)
+        assert not caplog.records
+        monkeypatch.setattr(neighbors, "LARGE", max(sizes))
+        model._log_recall(features)
+    assert [record.args[:2] for record in caplog.records] == [("pq", "local" if sizes[0] == max(sizes) else "global")]
 
 
 def assert_holds_tensors_only(checkpoint: str, model: Unislad) -> None:

@@ -1,0 +1,161 @@
+"""A model's files: their size, their speed, and what they find, beside the model itself.
+
+Unlike the network's own row, a pass of a file is that of the whole graph: from an image of any size through
+pre-processor, network and post-processor to map, score and label. So is that of ``torch``, which is the model in eager
+mode as Anomalib's Torch file holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib.data import AnomalibDataModule, get_datamodule
+from anomalib.deploy import CompressionType
+from anomalib.models import AnomalibModule
+from lightning_utilities.core.imports import module_available
+from sklearn.metrics import roc_auc_score
+
+from anomalib_pack.efficiency.environment import environment
+from anomalib_pack.efficiency.memory import MIB
+from anomalib_pack.efficiency.models import build
+from anomalib_pack.efficiency.settings import Entry, Settings
+from anomalib_pack.efficiency.timing import latency, pass_times
+from anomalib_pack.quantizing import quantize_file
+
+Outputs = dict[str, np.ndarray]
+Run = Callable[[np.ndarray], Outputs]
+
+PRECISIONS = {
+    "torch": "float32",
+    "onnx": "float32",
+    "openvino": "float32",
+    "openvino_float16": "float16",
+    "openvino_int8": "int8",
+}
+NEEDS = {"torch": [], "onnx": ["onnx", "onnxscript", "onnxruntime"], "openvino": ["onnx", "onnxscript", "openvino"]}
+
+
+def measure_format(entry: Entry, settings: Settings, kind: str, folder: Path) -> dict[str, Any]:
+    """Export a model and measure the file, in this process.
+
+    Args:
+        entry: The model.
+        settings: Of the run.
+        kind: One of ``PRECISIONS``. ``torch`` comes first, and leaves in the folder what the others start from.
+        folder: For files.
+
+    Returns:
+        A row of the results; its keys are the columns that docs/efficiency.md explains.
+    """
+    device = torch.device("cpu")
+    data = None if settings.accuracy_data is None else prepared(settings.accuracy_data)
+    torch_file = folder / "weights" / "torch" / "model.pt"
+    if kind == "torch":
+        model, _ = build(entry, settings.device)
+        model.eval().to_torch(folder)
+    else:
+        model = torch.load(torch_file, weights_only=False)["model"].eval()
+    file = torch_file if kind == "torch" else export(model, kind, folder / kind, data or prepared(entry.data))
+    run = RUNS[kind.partition("_")[0]](file)
+    size = entry.image_size or model.input_size
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).numpy()
+    label = f"{entry.name}, {kind}"
+    counts = {"warmup": settings.warmup, "passes": settings.passes}
+    times = [pass_times(lambda: run(image), device, **counts, label=label) for _ in range(settings.runs)]
+    row = {"format": kind, "precision": PRECISIONS[kind], "size_mib": round(file_size(file) / MIB, 2)}
+    row |= latency(np.stack(times))
+    if data is not None:
+        row |= compared(run, data, kind, folder)
+    return {"image_size": f"{size[0]} x {size[1]}", **counts, "runs": settings.runs, **row, **environment(device)}
+
+
+def prepared(config: dict[str, Any]) -> AnomalibDataModule:
+    """Build a datamodule with its images in place."""
+    datamodule = get_datamodule({"data": config})
+    datamodule.prepare_data()
+    datamodule.setup()
+    return datamodule
+
+
+def export(model: AnomalibModule, kind: str, folder: Path, datamodule: AnomalibDataModule) -> Path:
+    """Write a model as a file for images of any size.
+
+    Raises:
+        ModuleNotFoundError: If something is not installed; the message says what to install.
+    """
+    needed = NEEDS[kind.partition("_")[0]] + (["nncf"] if kind == "openvino_int8" else [])
+    missing = [name for name in needed if not module_available(name)]
+    if missing:
+        msg = f'The format {kind} needs {" and ".join(missing)}: pip install "anomalib-pack[export]".'
+        raise ModuleNotFoundError(msg)
+    if kind == "onnx":
+        return model.to_onnx(folder)
+    if kind == "openvino_int8":  # as the pack's models do by themselves, for those of others too
+        return quantize_file(model.to_openvino(folder / "float32"), folder / "model.xml", datamodule)
+    compression = CompressionType.FP16 if kind == "openvino_float16" else None
+    return model.to_openvino(folder, compression_type=compression)
+
+
+def run_torch(file: Path) -> Run:
+    """Run Anomalib's Torch file in eager mode."""
+    model = torch.load(file, weights_only=False)["model"].eval()
+
+    @torch.inference_mode()
+    def run(image: np.ndarray) -> Outputs:
+        outputs = model(torch.from_numpy(image))._asdict()
+        return {name: value.numpy() for name, value in outputs.items() if value is not None}
+
+    return run
+
+
+def run_onnx(file: Path) -> Run:
+    """Run an ONNX file in ONNX Runtime, with as many threads as PyTorch has."""
+    onnxruntime = import_module("onnxruntime")  # an extra
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    source = session.get_inputs()[0].name
+    return lambda image: dict(zip(names, session.run(None, {source: image}), strict=True))
+
+
+def run_openvino(file: Path) -> Run:
+    """Run an OpenVINO file with as many threads as PyTorch has; what is not INT8 in float32, not in bfloat16."""
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = import_module("openvino").compile_model(file, "CPU", options)
+    return lambda image: {output.any_name: value for output, value in compiled(image).items()}
+
+
+RUNS = {"torch": run_torch, "onnx": run_onnx, "openvino": run_openvino}
+
+
+def file_size(file: Path) -> int:
+    """Bytes of a file and of those beside it that hold its weights."""
+    return sum(part.stat().st_size for part in file.parent.glob(f"{file.stem}*") if part.is_file())
+
+
+def compared(run: Run, datamodule: AnomalibDataModule, kind: str, folder: Path) -> dict[str, float | None]:
+    """Image AUROC on the test images, and how far maps are from those of ``torch``, as shares of their range."""
+    data = datamodule.test_data
+    outputs = [run(data[index].image[None].numpy()) for index in range(len(data))]
+    labels = data.samples.label_index.to_numpy()
+    scores = np.concatenate([output["pred_score"].reshape(-1) for output in outputs])
+    row = {"image_AUROC": float(roc_auc_score(labels, scores))}
+    if "anomaly_map" not in outputs[0]:
+        return row
+    maps = np.stack([output["anomaly_map"].squeeze() for output in outputs])
+    reference = folder / "maps.npy"
+    if kind == "torch":
+        np.save(reference, maps)
+    expected = np.load(reference)
+    spread = float(expected.max() - expected.min())
+    differences = np.abs(maps - expected)
+    return row | {
+        "map_deviation_mean": float(differences.mean()) / spread,
+        "map_deviation_max": float(differences.max()) / spread,
+    }
