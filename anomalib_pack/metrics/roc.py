@@ -9,10 +9,11 @@ anomalous pixels only, and those are a few percent. Between two of them it runs 
           |                       |  anomalous pixels alone
     x_____x
 
-So the normal scores need no companion (position, label) while they are sorted, and are sorted in place.
+So the normal scores need no companion (position, label) while they are sorted, can be sorted in parts, and need not be
+where they are below all anomalous ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-PART = 2**26  # Scores that are sorted at a time: 256 MB.
+PART = 2**25  # Scores that are sorted at a time: 128 MB.
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class RocCorners:
     def _area(self, heights: Tensor, fpr_limit: float) -> float:
         """Area under heights of the corners, shape (V,), up to a false positive rate, as a share of the largest."""
         limit = fpr_limit * self.num_normal
-        inside = int((self.false_positives <= limit).sum())
+        inside = int(torch.searchsorted(self.false_positives, int(limit), right=True))
         fp, below = self.false_positives[:inside].double(), heights[:inside]
         area = float(torch.trapezoid(below, fp))
         if inside < len(heights):  # The part from the last corner inside to the limit.
@@ -121,27 +122,43 @@ def roc_corners(normal: Tensor | Sequence[Tensor], anomalous: Tensor, weights: T
     """Corners of the ROC curve. Equal scores form one threshold.
 
     Args:
-        normal: Scores of normal pixels, shape (N,), or parts of them, without NaN, on the CPU; each is sorted in place.
+        normal: Scores of normal pixels, shape (N,), or parts of them, without NaN, on the CPU.
         anomalous: Scores of anomalous pixels, shape (P,), without NaN, on the CPU.
         weights: How much each anomalous pixel adds to the overlaps, shape (P,), float64: for a region, 1 / its pixels.
     """
-    anomalous, order = anomalous.sort(descending=True)
-    overlap = weights[order].cumsum(0)
+    order = torch.from_numpy(np.argsort(anomalous.numpy())).flip(0)  # several times as fast as PyTorch's
+    anomalous, overlap = anomalous[order], weights[order].cumsum(0)
     del order  # Here and below: with many anomalous pixels, what is not needed any more is gigabytes.
     scores, counts = anomalous.unique_consecutive(return_counts=True)
     true_positives = counts.cumsum(0)
     regions = overlap[true_positives - 1]
     del anomalous, counts, overlap
     false_positives = torch.zeros(2 * len(scores) + 2, dtype=torch.long)
-    for part in filter(len, [normal] if isinstance(normal, Tensor) else normal):
-        # Not torch.sort, which makes a copy with positions: four times the memory, and here six times the time.
-        part.numpy().sort()
-        _count_above(part.numpy(), scores, false_positives)
+    parts = [normal] if isinstance(normal, Tensor) else normal
+    if len(scores):
+        for part in _rising(parts, float(scores[-1])):
+            _count_above(part, scores, false_positives)
+    false_positives[-1] = sum(map(len, parts))
     return RocCorners(
         false_positives=false_positives,
         true_positives=pad(true_positives, (1, 0)).repeat_interleave(2),
         regions=pad(regions, (1, 0)).repeat_interleave(2),
     )
+
+
+def _rising(parts: Sequence[Tensor], lowest: float) -> Iterator[np.ndarray]:
+    """Scores that are not below the lowest anomalous one, in rising order, up to ``PART`` and a part at a time."""
+    chosen: list[np.ndarray] = []
+    for index, part in enumerate(parts):
+        values = part.numpy()
+        chosen.append(values[values >= lowest])
+        if sum(map(len, chosen)) >= PART or index == len(parts) - 1:
+            # Not torch.sort, which makes a copy with positions: four times the memory, and here six times the time.
+            together = np.concatenate(chosen)
+            together.sort()
+            chosen.clear()
+            if len(together):
+                yield together
 
 
 def _count_above(normal: np.ndarray, scores: Tensor, counts: Tensor) -> None:
@@ -152,36 +169,3 @@ def _count_above(normal: np.ndarray, scores: Tensor, counts: Tensor) -> None:
     tied = np.flatnonzero(normal[np.minimum(below, len(normal) - 1)] == rising)
     below[tied] = np.searchsorted(normal, rising[tied], side="right")  # from here on with those that are equal
     counts[1:-1:2] += len(normal) - torch.from_numpy(below).flip(0)
-    counts[-1] += len(normal)
-
-
-def append(parts: list[Tensor], part: Tensor) -> None:
-    """Add a tensor of shape (N,) to parts, the large ones first; as many small ones as make a large one are joined.
-
-    The memory of large parts goes back to the system as soon as they are let go of, and that of small ones need not.
-    """
-    parts.insert(len(parts) if len(part) < PART else 0, part)
-    small = [each for each in parts if len(each) < PART]
-    if sum(map(len, small)) >= PART:
-        del parts[-len(small) :]
-        parts.insert(0, merged(small))
-
-
-def joined(parts: list[Tensor]) -> list[Tensor]:
-    """Parts of :func:`append` on the CPU, with the small ones in one; the list is emptied."""
-    large = [parts.pop(0).cpu() for part in list(parts) if len(part) >= PART]
-    return [*large, merged(parts)]
-
-
-def merged(parts: list[Tensor]) -> Tensor:
-    """Concatenate parts on the CPU, in order. Each is let go of once it is copied: the list is emptied."""
-    dtype = parts[0].cpu().numpy().dtype if parts else np.float32
-    # NumPy's memory comes in large pages, which PyTorch's copies take six times as long without.
-    whole = torch.from_numpy(np.empty(sum(len(part) for part in parts), dtype=dtype))
-    start = 0
-    parts.reverse()
-    while parts:
-        part = parts.pop()
-        whole[start : start + len(part)] = part
-        start += len(part)
-    return whole

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from anomalib_pack.defect import Defect
-from anomalib_pack.metrics.roc import RocCorners, append, check_limit, joined, merged, roc_corners
+from anomalib_pack.metrics.roc import RocCorners, check_limit, roc_corners
 
 DEFAULT_LIMIT = 0.05  # the paper's headline
 LIMITS = (0.01, DEFAULT_LIMIT, 0.1, 0.3, 1.0)  # those of the published evaluation
@@ -194,11 +194,11 @@ def _curve(maps: Sequence[Map], defects: Sequence[Sequence[Defect]], name: str |
     normal, anomalous, weights = [], [], []
     for index, found in enumerate(defects):
         for parts, part in zip((normal, anomalous, weights), weigh(_scores(maps[index]), found, name), strict=True):
-            append(parts, part)
+            parts.append(part)
     if not sum(map(len, anomalous)) or not sum(map(len, normal)):
         msg = f"AUC-sPRO needs defects and pixels without, got {len(defects)} images without one of the two."
         raise ValueError(msg)
-    return roc_corners(joined(normal), merged(anomalous), merged(weights))
+    return roc_corners(normal, torch.cat(anomalous), torch.cat(weights))
 
 
 def _scores(anomaly_map: Map) -> Tensor:
