@@ -15,6 +15,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.data.datasets.base import AnomalibDataset
 from anomalib.data.utils import LabelName
 
+from anomalib_pack.data.categories import with_readable_names
 from anomalib_pack.data.image_files import map_files, names, read_header
 from anomalib_pack.evaluation.layout import place, unique_places
 from anomalib_pack.evaluation.map_file import TIFF, find_map, read_map
@@ -72,7 +73,8 @@ def list_images(category: str, datamodule: AnomalibDataModule, root: str | Path 
     """
     datamodule.looks_at_files = False  # training images are no matter here
     datamodule.num_workers = 0
-    datamodule.setup()
+    with with_readable_names(datamodule):
+        datamodule.setup()
     dataset = datamodule.test_dataloader().dataset  # MVTec AD 2 has others than its test_data
     _check_ground_truth(category, dataset)
     paths = dataset.samples.image_path.tolist()

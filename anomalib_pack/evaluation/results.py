@@ -9,15 +9,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from anomalib_pack.evaluation.images import MappedImage, MappedImages
 from anomalib_pack.metrics import pixel
 from anomalib_pack.metrics.group_evaluator import mean_row, with_mad
-from anomalib_pack.metrics.roc import RocCorners, roc_corners
 from anomalib_pack.metrics.samples import belongs, names_group
-from anomalib_pack.metrics.spro import LIMITS, published_result
+from anomalib_pack.metrics.spro import LIMITS, image_curve, published_result
 from anomalib_pack.progress import progress_bar
 
 # The metrics that are read off one curve of all pixels.
@@ -78,25 +76,23 @@ def _values(
         maxima.append(batch.anomaly_map.max())
         bar.update()
     pixels.compute()
-    of_images = _curve_of_images(torch.stack(maxima), torch.tensor([image.anomalous for image in images]))
+    curve = pixels.curve
+    pixels.reset()  # lets go of 4 bytes per pixel, which the next metric needs
+    of_images = image_curve(torch.stack(maxima), [image.anomalous for image in images])
     row = {
         "image_AUROC": of_images.auroc(),
         "image_AP": of_images.average_precision(),
         "image_F1Max": of_images.f1_max(),
-        **{metric.name: metric.value(pixels.curve) for metric in (kind(prefix="pixel_") for kind in PIXEL_METRICS)},
+        **{metric.name: metric.value(curve) for metric in (kind(prefix="pixel_") for kind in PIXEL_METRICS)},
     }
     if not mapped.has_defects:
-        return with_mad(row), {limit: pixels.curve.aupro(limit) for limit in LIMITS}
-    del pixels  # 4 bytes per pixel, which the next metric needs
+        return with_mad(row), {limit: curve.aupro(limit) for limit in LIMITS}
     spro = pixel.SPRO(prefix="pixel_")
     for batch in mapped.batches(images, spro.fields):
         spro.update(batch)
         bar.update()
     spro.compute()
-    row[spro.name] = spro.value(spro.curve)
-    return with_mad(row), {limit: spro.curve.aupro(limit) for limit in LIMITS}
-
-
-def _curve_of_images(scores: Tensor, is_anomalous: Tensor) -> RocCorners:
-    ones = torch.ones(int(is_anomalous.sum()), dtype=torch.float64)
-    return roc_corners(scores[~is_anomalous], scores[is_anomalous], ones)
+    curve = spro.curve
+    spro.reset()
+    row[spro.name] = spro.value(curve)
+    return with_mad(row), {limit: curve.aupro(limit) for limit in LIMITS}

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from anomalib_pack.checks import check_normal_validation_images
 from anomalib_pack.data.image_files import read_header
 from anomalib_pack.evaluation.layout import map_places
 from anomalib_pack.evaluation.map_file import TIFF, write_map
@@ -42,8 +43,8 @@ class WriteMaps(Callback):
         root: Folder of the maps. With ``None``, the folder ``maps`` of the run.
 
     Raises:
-        ValueError: In a run without a datamodule, of a model without maps or whose maps do not show whole images, or if
-            two images would get one file.
+        ValueError: In a run without a datamodule, of a model without maps or whose maps do not show whole images; if
+            two images would get one file; or if a submission has no normal validation images.
 
     Example:
         >>> from anomalib.engine import Engine
@@ -72,6 +73,7 @@ class WriteMaps(Callback):
         check_whole_image(pl_module, dataset)
         self._places = map_places(datamodule, dataset.samples)
         if any(map(is_private, self._places.values())):
+            check_normal_validation_images(datamodule)
             self._thresholds = thresholds(_normal_maps(trainer, pl_module), trainer.world_size)
 
     def on_test_batch_end(

@@ -315,7 +315,10 @@ class GroupEvaluator(Evaluator):
             if all(getattr(first, field) is not None for field in metric.fields):
                 return metric.curve_of(lambda: self._original_batches(metric, group))
         fresh = self._updated(metric.clone().to(device), group)
-        return None if fresh.compute() is None else fresh.curve
+        if fresh.compute() is None:
+            return None
+        fresh.reset()  # lets go of the pixels; as a reference cycle it would keep them for a while
+        return fresh.curve
 
     def _updated(self, metric: AnomalibMetric, group: str) -> AnomalibMetric:
         """The metric, updated with the samples of a group."""

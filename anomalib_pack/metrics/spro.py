@@ -128,9 +128,14 @@ def published_result(
 
 def image_auroc(scores: Tensor, is_anomalous: Sequence[bool]) -> float:
     """AUROC of image scores of any range, shape (N,), with exact ranks."""
+    return image_curve(scores, is_anomalous).auroc()
+
+
+def image_curve(scores: Tensor, is_anomalous: Sequence[bool]) -> RocCorners:
+    """Curve of image scores of any range, shape (N,)."""
     anomalous = torch.tensor(is_anomalous, dtype=torch.bool)
     ones = torch.ones(int(anomalous.sum()), dtype=torch.float64)
-    return roc_corners(scores[~anomalous], scores[anomalous], ones).auroc()
+    return roc_corners(scores[~anomalous], scores[anomalous], ones)
 
 
 def weigh(scores: Tensor, defects: Sequence[Defect], name: str | None = None) -> tuple[Tensor, Tensor, Tensor]:

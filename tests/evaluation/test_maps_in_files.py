@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from anomalib.data import MVTecAD
+from anomalib.data import Folder, MVTecAD
 from anomalib.engine import Engine
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -213,6 +213,13 @@ def test_submission(cans, tmp_path, test_type):
     assert sum(path.is_file() for path in (tmp_path / "maps").rglob("*")) == 6
 
 
+def test_submission_without_normal_validation_images(cans, tmp_path):
+    shutil.rmtree(cans / "can" / "validation")
+    data = MultiCategory("MVTecAD2", cans, num_workers=0, dataset_args={"test_type": "private"})
+    with pytest.raises(ValueError, match="has no normal images"):
+        make_engine(tmp_path, WriteMaps()).predict(TinyModel(evaluator=False), datamodule=data)
+
+
 def test_threshold_by_hand():
     maps = [("a", torch.tensor([[0.0, 2.0]])), ("b", torch.tensor([[10.0]])), ("a", torch.tensor([[4.0, 6.0]]))]
     found = thresholds(maps)
@@ -350,6 +357,23 @@ def test_data_without_defects_have_aupro_under_its_own_key(images, tmp_path):
     published = read_json(tmp_path / "out" / "cloth_metrics.json")
     assert published["localization"]["au_pro"]["mean"]["0.3"] == pytest.approx(row["pixel_AUPRO"], abs=1e-12)
     assert published["classification"]["auc_roc"] == {"mean": row["image_AUROC"]}
+
+
+def test_folder_with_other_characters_than_those_of_ascii(tmp_path):
+    root = tmp_path / "Prüfteile"
+    rng = np.random.default_rng(0)
+    for index in range(2):
+        for kind in ("good", "bad", "fine"):
+            save(root / kind / f"{index}.png", rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+        save(root / "masks" / f"{index}.png", np.pad(np.full((4, 4), 255, np.uint8), 6))
+        for kind in ("bad", "fine"):
+            path = tmp_path / "maps" / "part" / kind / f"{index}.tiff"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scores = np.pad(np.ones((4, 4), np.float32), 6) * (kind == "bad") + rng.uniform(0, 0.5, (16, 16))
+            tifffile.imwrite(path, scores)
+    data = Folder("part", "good", root, "bad", "fine", "masks")
+    evaluate_maps(tmp_path / "maps", data, tmp_path / "out")
+    assert read_csv(tmp_path / "out" / "part_metrics.csv")["overall"]["pixel_AUPRO"] == 1
 
 
 def test_without_defects_config(maps, rendered, tmp_path):
