@@ -5,7 +5,8 @@ The score of an image is the maximum of its map, as in the published evaluation 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ def evaluate(mapped: MappedImages) -> Result:
             msg = f"The group {group} of {mapped.category} must have normal and anomalous test images, has one kind."
             raise ValueError(msg)
     rows, areas = {}, {}
-    passes = 2 if mapped.has_defects else 1
+    passes = 4 if mapped.has_defects else 2  # two for each curve
     total = passes * sum(map(len, members.values()))
     with progress_bar(total=total, desc=f"Maps of {mapped.category}", leave=False) as bar:
         for group, images in members.items():
@@ -70,29 +71,24 @@ def _values(
     mapped: MappedImages, images: Sequence[MappedImage], bar: tqdm
 ) -> tuple[dict[str, float], dict[float, float]]:
     """Metrics of some images, and the area that the published evaluation reports, by the limit of its curve."""
-    pixels, maxima = pixel.AUROC(), []
-    for batch in mapped.batches(images, pixels.fields):
-        pixels.update(batch)
-        maxima.append(batch.anomaly_map.max())
-        bar.update()
-    pixels.compute()
-    curve = pixels.curve
-    pixels.reset()  # lets go of 4 bytes per pixel, which the next metric needs
-    of_images = image_curve(torch.stack(maxima), [image.anomalous for image in images])
+    maxima = torch.zeros(len(images))
+
+    def batches(metric: pixel.PixelMetric) -> Iterator[SimpleNamespace]:
+        for index, batch in enumerate(mapped.batches(images, metric.fields)):
+            maxima[index] = batch.anomaly_map.max()
+            bar.update()
+            yield batch
+
+    pixels, spro = pixel.AUROC(), pixel.SPRO(prefix="pixel_")
+    curve = pixels.curve_of(lambda: batches(pixels))
+    of_images = image_curve(maxima, [image.anomalous for image in images])
     row = {
         "image_AUROC": of_images.auroc(),
         "image_AP": of_images.average_precision(),
         "image_F1Max": of_images.f1_max(),
         **{metric.name: metric.value(curve) for metric in (kind(prefix="pixel_") for kind in PIXEL_METRICS)},
     }
-    if not mapped.has_defects:
-        return with_mad(row), {limit: curve.aupro(limit) for limit in LIMITS}
-    spro = pixel.SPRO(prefix="pixel_")
-    for batch in mapped.batches(images, spro.fields):
-        spro.update(batch)
-        bar.update()
-    spro.compute()
-    curve = spro.curve
-    spro.reset()
-    row[spro.name] = spro.value(curve)
+    if mapped.has_defects:
+        curve = spro.curve_of(lambda: batches(spro))
+        row[spro.name] = spro.value(curve)
     return with_mad(row), {limit: curve.aupro(limit) for limit in LIMITS}

@@ -41,6 +41,7 @@ from anomalib_pack.metrics.original_size import (
     Originals,
     check_whole_image,
 )
+from anomalib_pack.metrics.roc import RocCorners
 from anomalib_pack.metrics.samples import belongs, copied, names_group, select, unpadded_count
 from anomalib_pack.metrics.spro import LIMITS, image_auroc, published_result
 
@@ -296,17 +297,28 @@ class GroupEvaluator(Evaluator):
         for metric in metrics:
             if metric.name in values:
                 continue
-            fresh = self._updated(metric.clone().to(device), group)
-            value = fresh.compute()
-            if value is not None:
-                values[metric.name] = float(value)
-                if isinstance(fresh, pixel.PixelMetric):
-                    curve = fresh.curve
-                    fresh.reset()  # lets go of the pixels; as a reference cycle it would keep them for a while
-                    values |= {each.name: each.value(curve) for each in metrics if _curve_of(each) == _curve_of(metric)}
-                    if isinstance(metric, pixel.SPRO):
-                        self._areas[group] = {limit: curve.aupro(limit) for limit in LIMITS}
+            if not isinstance(metric, pixel.PixelMetric):
+                value = self._updated(metric.clone().to(device), group).compute()
+                values |= {} if value is None else {metric.name: float(value)}
+                continue
+            curve = self._curve(metric, group, device)
+            if curve is not None:
+                values |= {each.name: each.value(curve) for each in metrics if _curve_of(each) == _curve_of(metric)}
+                if isinstance(metric, pixel.SPRO):
+                    self._areas[group] = {limit: curve.aupro(limit) for limit in LIMITS}
         return {metric.name: values[metric.name] for metric in metrics if metric.name in values}
+
+    def _curve(self, metric: pixel.PixelMetric, group: str, device: torch.device) -> RocCorners | None:
+        """Curve of a metric; None if its fields do not exist."""
+        if self._is_at_original_size(metric) and not (dist.is_available() and dist.is_initialized()):
+            first = next(self._original_batches(metric, group))
+            if all(getattr(first, field) is not None for field in metric.fields):
+                return metric.curve_of(lambda: self._original_batches(metric, group))
+        fresh = self._updated(metric.clone().to(device), group)
+        if fresh.compute() is None:
+            return None
+        fresh.reset()  # lets go of the pixels; as a reference cycle it would keep them for a while
+        return fresh.curve
 
     def _updated(self, metric: AnomalibMetric, group: str) -> AnomalibMetric:
         """The metric, updated with the samples of a group."""

@@ -8,7 +8,7 @@ Differences from Anomalib's and torchmetrics' classes:
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import cv2
@@ -99,6 +99,21 @@ class PixelMetric(AnomalibMetric, _PixelMetric):
     """Base of the metrics here: they have their curve in common, which is nearly all the work."""
 
     default_fields = ("anomaly_map", "gt_mask")
+
+    def curve_of(self, batches: Callable[[], Iterable[Any]]) -> RocCorners:
+        """Curve of batches that can be gone through twice, of whose normal pixels nothing is kept.
+
+        Args:
+            batches: Gives the batches, with the metric's fields, each time that it is called.
+        """
+        of_anomalous = [split[1:] for split in self._splits(batches)]
+        anomalous, weights = (torch.cat(parts) for parts in zip(*of_anomalous, strict=True))
+        return roc_corners((normal for normal, _, _ in self._splits(batches)), anomalous, weights)
+
+    def _splits(self, batches: Callable[[], Iterable[Any]]) -> Iterator[tuple[Tensor, ...]]:
+        for batch in batches():
+            normal, anomalous, weights = self.split(*(getattr(batch, field) for field in self.fields))
+            yield normal.cpu(), anomalous.cpu(), weights.cpu().double()
 
     def _set_limit(self, fpr_limit: float, default: float) -> None:
         """Set a false positive rate, which is part of the name if it is not the default."""
