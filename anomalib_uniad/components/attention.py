@@ -54,8 +54,8 @@ def neighbor_mask(grid: tuple[int, int], neighbors: tuple[int, int]) -> torch.Te
 class DropoutAttention(torch.autograd.Function):
     """Attention with dropout in float32 on a CPU, for which PyTorch has no fused kernel.
 
-    What PyTorch does then builds the N x N weights of the whole batch in several copies. Here a few images are worked on
-    at a time, and of the weights one copy is kept, whose signs say which are dropped.
+    PyTorch then builds the N x N weights of the whole batch in several copies. Here a few images are worked on at a
+    time, and of the weights one copy is kept, whose signs say which are dropped.
     """
 
     @staticmethod
