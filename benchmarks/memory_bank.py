@@ -191,16 +191,16 @@ def compare_searches(arguments: argparse.Namespace) -> None:
 
 def queries_and_bank(arguments: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """All patches of one image, and a bank of patches of 119 others, whitened as Unislad does."""
-    each, bank = -(-arguments.entries // (IMAGES - 1)), []
-    for number, rows in enumerate(patches(arguments.root, IMAGES), start=1):
-        if number == IMAGES:
-            last = rows
-        else:
-            bank.append(rows[torch.randperm(len(rows))[:each]])
-    bank = torch.cat(bank)[: arguments.entries]
+    each, bank = -(-arguments.entries // (IMAGES - 1)), torch.empty(arguments.entries, 1024)
+    parts = bank.split(each)
+    for number, rows in enumerate(patches(arguments.root, IMAGES)):
+        if number < len(parts):  # not the last image
+            parts[number].copy_(rows[torch.randperm(len(rows))[: len(parts[number])]])
     whitening = Whitening(1024, 1e-2, enabled=True, unit_length=False)
-    whitening.fit(bank)
-    return whitening(last), whitening(bank)
+    whitening.fit(bank[torch.randperm(len(bank))[:20_000]])  # enough for a covariance
+    for part in parts:
+        part.copy_(whitening(part))
+    return whitening(rows), bank
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ def test_a_model_that_may_fail(
         ({"models": [UNIAD], "runs": 0}, "runs"),
         ({"models": [UNIAD], "precision": "int8"}, "precision"),
         ({"models": [UNIAD], "protocol": "maps"}, "protocol"),
+        ({"models": [UNIAD], "formats": ["tflite"]}, "formats"),
         ({"passes": 5}, "models"),
         ({"models": [UNIAD | {"cpkt_path": "x"}]}, "cpkt_path"),
         ({"models": [UNIAD], "results": "missing.csv"}, "missing.csv"),
@@ -113,7 +114,18 @@ def test_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
         AnomalibCLI(["efficiency", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for option in ("models", "device", "precision", "protocol", "warmup", "passes", "runs", "batch_sizes", "data"):
+    for option in (
+        "models",
+        "device",
+        "precision",
+        "protocol",
+        "warmup",
+        "passes",
+        "runs",
+        "batch_sizes",
+        "data",
+        "formats",
+    ):
         assert f"--{option}" in text
 
 

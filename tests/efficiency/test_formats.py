@@ -36,6 +36,7 @@ def rows(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return found
 
 
+@pytest.mark.slow
 def test_maps_and_sizes(rows: dict[str, dict]) -> None:
     for kind in PRECISIONS:
         assert rows[kind]["format"] == kind
@@ -48,6 +49,7 @@ def test_maps_and_sizes(rows: dict[str, dict]) -> None:
     assert rows["openvino_int8"]["size_mib"] < rows["openvino"]["size_mib"]
 
 
+@pytest.mark.slow
 def test_accuracy_is_that_of_the_model(rows: dict[str, dict], settings: Settings) -> None:
     data, model = prepared(settings.accuracy_data).test_data, rows["model"]
     with torch.no_grad():
