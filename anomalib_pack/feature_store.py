@@ -22,6 +22,7 @@ from .training import gather_objects
 
 GB = 10**9
 FREE_SHARE = 0.5  # ours: of what is free, where the user sets no budget
+MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")  # the limits of a container
 
 
@@ -116,7 +117,7 @@ def allowance(place: str, budget: float | None) -> float:
 def free_memory() -> int:
     """Bytes of memory that can still be taken, also in a container with a limit; 0 where that is not known."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = MEMINFO.read_text().splitlines()
     except OSError:  # not Linux
         return 0
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
