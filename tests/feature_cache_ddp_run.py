@@ -1,5 +1,6 @@
 """Script: python feature_cache_ddp_run.py DATA RESULTS. Trains in two processes, without a cache and with each kind."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def main() -> None:
             strategy="ddp",
             max_epochs=3,
             limit_val_batches=0,
-            default_root_dir=results,
+            # A folder for each process: where they start a run at the same time, Anomalib makes one twice.
+            default_root_dir=results / f"{cache}_{os.environ.get('LOCAL_RANK', 0)}",
             enable_progress_bar=False,
             enable_model_summary=False,
             logger=False,
