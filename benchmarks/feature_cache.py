@@ -184,7 +184,8 @@ def train(
 def build(name: str) -> AnomalibModule:
     """Build a model with random weights."""
     if name == "Ulsad":
-        return Ulsad(**yaml.safe_load(DEMO.read_text())["model"]["init_args"] | {"weights": None})
+        arguments = yaml.safe_load(DEMO.read_text())["model"]["init_args"]
+        return Ulsad(**arguments | {"weights": None, "post_processor": True})
     return {"Uniad": Uniad, "MiniMaxAd": MiniMaxAd}[name](weights=None)
 
 

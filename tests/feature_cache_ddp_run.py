@@ -24,7 +24,7 @@ def main() -> None:
             max_epochs=3,
             limit_val_batches=0,
             # A folder for each process: where they start a run at the same time, Anomalib makes one twice.
-            default_root_dir=results / f"{cache}_{os.environ.get('LOCAL_RANK', 0)}",
+            default_root_dir=results / f"{cache}_{os.environ.get('LOCAL_RANK', '0')}",
             enable_progress_bar=False,
             enable_model_summary=False,
             logger=False,
