@@ -23,6 +23,7 @@ from anomalib_pack.feature_store import GB, FeatureStore, choose_place
 
 sys.path.insert(0, str(Path(__file__).parent / "contract"))
 from cases import CASES
+from runs import TIMEOUT
 
 HERE = Path(__file__).parent
 EPOCHS = 3
@@ -343,7 +344,7 @@ def test_layout_is_kept(dtype: torch.dtype) -> None:
 def test_two_processes_share_one_store(loco_root: Path, tmp_path: Path) -> None:
     """Each computes half of the features, and later needs those of the other."""
     command = [sys.executable, str(HERE / "feature_cache_ddp_run.py"), str(loco_root), str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     results = {path.stem: torch.load(path) for path in tmp_path.glob("*.pt")}
     for rank in range(2):
