@@ -22,6 +22,7 @@ from anomalib_pack.backbones import plain
 from anomalib_pack.checkpoints import FollowsCheckpoint
 from anomalib_pack.checks import check_data, check_pre_processor, require
 from anomalib_pack.defaults import OneClassDefaults
+from anomalib_pack.feature_cache import FeatureCache
 from anomalib_pack.passes import share_buffers
 from anomalib_pack.remeasuring import ValidatesForOtherSettings
 from anomalib_pack.training import EndsOnBadLoss, ValidatesAtTheEnd, spread_validations, train_for_paper_epochs
@@ -67,6 +68,10 @@ class MiniMaxAd(
             alone in effect 33.
         lr: Learning rate of AdamW, times 0.995 after each epoch (Sec. 4.1).
         weight_decay: Weight decay of AdamW (Sec. 4.1).
+        cache: Where the frozen features of training images are kept, so that from the second epoch on no image is read
+            and the encoder does not run: ``"ram"``, ``"disk"``, ``"auto"`` for memory if there is room and else the
+            disk, or ``None``. Results are the same; see :class:`~anomalib_pack.feature_cache.FeatureCache`.
+        cache_budget: The most that they may take, in GB; ``None`` for half of what is free.
         pre_processor: Must not contain ``Normalize``: the encoder normalises plain RGB itself.
         post_processor: As in all Anomalib models.
         evaluator: As in all Anomalib models. The default also reports each category or anomaly group.
@@ -97,6 +102,8 @@ class MiniMaxAd(
         blur_width: int = 5,
         lr: float = 5e-3,
         weight_decay: float = 5e-5,
+        cache: Literal["auto", "ram", "disk"] | None = "auto",
+        cache_budget: float | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -113,6 +120,7 @@ class MiniMaxAd(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
         self.weights = weights
+        self.feature_cache = FeatureCache(cache, cache_budget)
         self.lr = lr
         self.weight_decay = weight_decay
         self.model = MiniMaxAdModel(
@@ -159,7 +167,8 @@ class MiniMaxAd(
 
     def training_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
         """Compute the loss (Eqs. 1 and 6 to 8)."""
-        loss = self.loss(self.model(batch.image))
+        encoded = self.feature_cache(batch, self.model.encode)
+        loss = self.loss(self.model.decode(encoded))
         self.watch_loss(loss, batch.image_path)
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(batch))
         return {"loss": loss}

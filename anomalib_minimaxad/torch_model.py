@@ -184,14 +184,17 @@ class MiniMaxAdModel(nn.Module):
             )
             raise ValueError(msg)
 
-    def pyramids(self, images: torch.Tensor) -> Pyramids:
-        """Encode and decode RGB images in [0, 1], (B, 3, H, W).
+    def encode(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Extract f_E from RGB images in [0, 1], (B, 3, H, W).
 
         Raises:
             ValueError: If the networks cannot take images of this size.
         """
         self.check_image_size(images.shape[-2:])
-        encoded = self.encoder(images)
+        return self.encoder(images)
+
+    def decode(self, encoded: list[torch.Tensor]) -> Pyramids:
+        """Reconstruct f_E."""
         return Pyramids(encoded, self.decoder(self.bottleneck(encoded)))
 
     def forward(self, images: torch.Tensor) -> Pyramids | InferenceBatch:
@@ -204,7 +207,7 @@ class MiniMaxAdModel(nn.Module):
             In training mode what :class:`~anomalib_minimaxad.loss.MiniMaxAdLoss` takes; in eval mode the anomaly map
             (B, 1, H, W) and the image score (B,), from 0 to 2.
         """
-        pyramids = self.pyramids(images)
+        pyramids = self.decode(self.encode(images))
         if self.training:
             return pyramids
         distances = [cosine_distance(*pair) for pair in zip(*pyramids, strict=True)]

@@ -21,6 +21,8 @@ A map, from the outside in::
     resuming.py         what is trained is kept when the training is interrupted or fails
     files.py            files that are whole or absent
     pictures.py         pictures that never cost the metrics
+    feature_cache.py    features of a frozen network, computed once in a training
+    feature_store.py    their place in memory or on disk, one for all processes of a machine
     training.py         how long models train, when they validate, and that a loss must be a number
     post_processing.py  scores -> normalised scores and decisions
     metrics/            evaluators that report per group

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 PRE_PROCESSOR = "anomalib_pre_processor_config"  # Anomalib's key in a checkpoint
 COMPONENTS = ("pre_processor", "post_processor")  # those with a configuration in a checkpoint
 OPTIMIZER = ("lr", "weight_decay")  # for training alone, and its state in a checkpoint holds them
+EXECUTION = ("cache", "cache_budget")  # how a training runs, not what it comes to
 WEIGHTS = ("weights", "vit_weights", "teacher_weights")  # a checkpoint carries what was loaded from there
 
 
@@ -93,7 +94,7 @@ class FollowsCheckpoint:
         differing = {
             name: f"{name}={theirs[name]!r} in the checkpoint, {value!r} here"
             for name, value in ours.items()
-            if name in theirs and name not in WEIGHTS and _plain(theirs[name]) != _plain(value)
+            if name in theirs and name not in (*WEIGHTS, *EXECUTION) and _plain(theirs[name]) != _plain(value)
         }
         if trainer.state.fn == TrainerFn.FITTING:
             ignored = [differing.pop(name) for name in OPTIMIZER if name in differing]

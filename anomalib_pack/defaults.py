@@ -16,6 +16,7 @@ from lightning.pytorch import Callback
 from lightning_utilities.core.imports import module_available
 
 from .exporting import AntialiasingByProducts, check_any_size, keep_antialiasing
+from .feature_cache import FeatureCache
 from .metrics import GroupEvaluator, default_test_metrics
 from .pictures import SparingVisualizer
 from .post_processing import RankPreservingPostProcessor
@@ -26,7 +27,13 @@ from .resuming import KeepTraining
 
 
 class OneClassDefaults:
-    """Mixin for models that learn from normal images; stands before ``AnomalibModule``."""
+    """Mixin for models that learn from normal images; stands before ``AnomalibModule``.
+
+    Attributes:
+        feature_cache: Of a model that is trained on features of a frozen network.
+    """
+
+    feature_cache: FeatureCache | None = None
 
     def __new__(cls, *_arguments: Any, **keywords: Any) -> OneClassDefaults:
         """Say what stands in the place of an argument that most of Anomalib's models have.
@@ -51,8 +58,9 @@ class OneClassDefaults:
     def configure_callbacks(self) -> list[Callback]:
         """Anomalib's callbacks, and the pack's, of which those of the trainer take the place."""
         ours = (KeepTraining, ProgressLines)
+        cache = [] if self.feature_cache is None else [self.feature_cache]
         missing = [each() for each in ours if not any(isinstance(one, each) for one in self.trainer.callbacks)]
-        return [*super().configure_callbacks(), RefusesMisreadImages(), *missing]
+        return [*super().configure_callbacks(), RefusesMisreadImages(), *missing, *cache]
 
     def configure_post_processor(self) -> PostProcessor:
         """Normalise scores without changing their ranking; threshold from normal images alone where need be."""

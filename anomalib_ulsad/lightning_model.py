@@ -30,6 +30,7 @@ from anomalib_pack.checks import (
     require,
 )
 from anomalib_pack.defaults import OneClassDefaults
+from anomalib_pack.feature_cache import FeatureCache
 from anomalib_pack.passes import (
     measures_of_normal_images,
     one_pass,
@@ -75,6 +76,10 @@ class Ulsad(
             its zero-mean target.
         lr: Learning rate of Adam (Sec. 4.1).
         weight_decay: Weight decay of Adam (Sec. 4.1).
+        cache: Where the frozen features of training images are kept, so that from the second epoch on no image is read
+            and the backbone does not run: ``"ram"``, ``"disk"``, ``"auto"`` for memory if there is room and else the
+            disk, or ``None``. Results are the same; see :class:`~anomalib_pack.feature_cache.FeatureCache`.
+        cache_budget: The most that they may take, in GB; ``None`` for half of what is free.
         pre_processor: Must not contain ``Normalize``: the networks normalise plain RGB themselves.
         post_processor: As in all Anomalib models.
         evaluator: As in all Anomalib models. The default also reports each anomaly group.
@@ -109,6 +114,8 @@ class Ulsad(
         final_activation: bool = True,
         lr: float = 2e-4,
         weight_decay: float = 2e-5,
+        cache: Literal["auto", "ram", "disk"] | None = "auto",
+        cache_budget: float | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -128,6 +135,7 @@ class Ulsad(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
         self.weights = weights
+        self.feature_cache = FeatureCache(cache, cache_budget)
         self.probabilities = (alpha, beta)
         self.lr = lr
         self.weight_decay = weight_decay
@@ -199,15 +207,20 @@ class Ulsad(
         Ours: an epoch's last batch is left out if it is a single image. The autoencoder's bottleneck is one pixel, of
         which BatchNorm needs two values; with several processes all have batches of the same size.
         """
+        images, features = self.feature_cache(batch, self._frozen)
         if len(batch) == 1 and self.model.autoencoder is not None:
             return None
-        losses = self.loss(self.model.branches(batch.image))
+        losses = self.loss(self.model.branches(images, features))
         loss = torch.stack(list(losses.values())).sum()
         self.watch_loss(loss, batch.image_path)
         for name, value in losses.items():
             self.log(f"train_{name}", value.detach(), on_epoch=True, batch_size=len(batch))
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(batch))
         return {"loss": loss}
+
+    def _frozen(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is trained on: images for the autoencoder, (B, 3, H, W), and aggregated features, (B, C, h, w)."""
+        return images, self.model.raw_features(images)
 
     def on_validation_start(self) -> None:
         """Measure the quantiles of Sec. 3.5 on the normal validation images.

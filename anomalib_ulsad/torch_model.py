@@ -245,17 +245,26 @@ class UlsadModel(nn.Module):
         self.register_buffer("logical_quantiles", torch.tensor(UNMEASURED))
 
     def raw_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Aggregated backbone features before the channel normalisation, (B, C, h, w)."""
-        return aggregate_features(self.backbone(images), self.feature_dim)
-
-    def branches(self, images: torch.Tensor) -> Branches:
-        """Run both branches (Algorithm 1, lines 3 to 13).
+        """Aggregated backbone features before the channel normalisation, (B, C, h, w).
 
         Raises:
             ValueError: If the networks cannot take images of this size.
         """
         self.check_image_size(images.shape[-2:])
-        features = (self.raw_features(images) - self.feature_mean) / self.feature_std
+        return aggregate_features(self.backbone(images), self.feature_dim)
+
+    def branches(self, images: torch.Tensor, raw_features: torch.Tensor | None = None) -> Branches:
+        """Run both branches (Algorithm 1, lines 3 to 13).
+
+        Args:
+            images: RGB in [0, 1], (B, 3, H, W).
+            raw_features: What :meth:`raw_features` gives for them, (B, C, h, w); computed if it is not given.
+
+        Raises:
+            ValueError: If the networks cannot take images of this size.
+        """
+        raw_features = self.raw_features(images) if raw_features is None else raw_features
+        features = (raw_features - self.feature_mean) / self.feature_std
         reconstruction = self._reconstruction_folding.run(self.reconstruction, features, nn.Module.__call__)
         autoencoder = self._predict(images, features.shape[-2:]) if self.autoencoder else None
         if not self.local_global:

@@ -24,6 +24,7 @@ from anomalib_pack.backbones import plain
 from anomalib_pack.checkpoints import FollowsCheckpoint
 from anomalib_pack.checks import check_data, check_pre_processor, require
 from anomalib_pack.defaults import OneClassDefaults
+from anomalib_pack.feature_cache import FeatureCache
 from anomalib_pack.remeasuring import ValidatesForOtherSettings
 from anomalib_pack.training import EndsOnBadLoss, ValidatesAtTheEnd, spread_validations
 
@@ -81,6 +82,10 @@ class Uniad(
             ``"mean"`` (CIFAR-10) or its standard deviation, ``"std"`` (published code).
         lr: Learning rate of AdamW, a tenth of it in the last fifth of the training (Sec. 4.2).
         weight_decay: Weight decay of AdamW (Sec. 4.2).
+        cache: Where the frozen features of training images are kept, so that from the second epoch on no image is read
+            and the backbone does not run: ``"ram"``, ``"disk"``, ``"auto"`` for memory if there is room and else the
+            disk, or ``None``. Results are the same; see :class:`~anomalib_pack.feature_cache.FeatureCache`.
+        cache_budget: The most that they may take, in GB; ``None`` for half of what is free.
         pre_processor: Must not contain ``Normalize``: the backbone normalises plain RGB itself.
         post_processor: As in all Anomalib models.
         evaluator: As in all Anomalib models. The default also reports each category or anomaly group.
@@ -128,6 +133,8 @@ class Uniad(
         image_score: Literal["max", "mean", "std"] = "max",
         lr: float = 1e-4,
         weight_decay: float = 1e-4,
+        cache: Literal["auto", "ram", "disk"] | None = "auto",
+        cache_budget: float | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -140,6 +147,7 @@ class Uniad(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
         self.weights = weights
+        self.feature_cache = FeatureCache(cache, cache_budget)
         self.lr = lr
         self.weight_decay = weight_decay
         self.model = UniadModel(
@@ -198,7 +206,8 @@ class Uniad(
 
     def training_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
         """Compute the reconstruction loss (Eq. 4)."""
-        loss = self.loss(self.model(batch.image))
+        [features] = self.feature_cache(batch, lambda images: [self.model.features(images)])
+        loss = self.loss(self.model.reconstruct(features))
         self.watch_loss(loss, batch.image_path)
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(batch))
         return {"loss": loss}

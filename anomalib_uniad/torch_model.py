@@ -283,6 +283,10 @@ class UniadModel(nn.Module):
             )
             raise ValueError(msg)
 
+    def reconstruct(self, features: torch.Tensor) -> Reconstruction:
+        """Reconstruct f_org, (B, C, h, w)."""
+        return Reconstruction(features, self.reconstruction(features))
+
     def forward(self, images: torch.Tensor) -> Reconstruction | InferenceBatch:
         """Run the model.
 
@@ -293,11 +297,10 @@ class UniadModel(nn.Module):
             In training mode what :class:`~anomalib_uniad.loss.UniadLoss` takes; in eval mode the anomaly map
             (B, 1, H, W) and the image score (B,), at least 0.
         """
-        features = self.features(images)
-        reconstruction = self.reconstruction(features)
+        result = self.reconstruct(self.features(images))
         if self.training:
-            return Reconstruction(features, reconstruction)
-        error = reconstruction_error(features, reconstruction, self.loss)
+            return result
+        error = reconstruction_error(*result, self.loss)
         anomaly_map = full_size(error, images.shape[-2:])
         return InferenceBatch(pred_score=image_score(anomaly_map, self.image_score), anomaly_map=anomaly_map)
 
