@@ -10,13 +10,14 @@ from anomalib import LearningType
 from anomalib.deploy import CompressionType
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
-from anomalib.visualization import ImageVisualizer
+from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from lightning_utilities.core.imports import module_available
 
+from .callbacks import LinksLatest
 from .exporting import AntialiasingByProducts, check_any_size, keep_antialiasing
 from .metrics import GroupEvaluator, default_test_metrics
-from .pictures import SparingVisualizer
+from .pictures import SparesMetrics
 from .post_processing import RankPreservingPostProcessor
 from .progress import ProgressLines
 from .reading import RefusesMisreadImages
@@ -50,7 +51,10 @@ class OneClassDefaults:
         """Anomalib's callbacks, and the pack's, of which those of the trainer take the place."""
         ours = (KeepTraining, ProgressLines)
         missing = [each() for each in ours if not any(isinstance(one, each) for one in self.trainer.callbacks)]
-        return [*super().configure_callbacks(), RefusesMisreadImages(), *missing]
+        components = [
+            SparesMetrics(each) if isinstance(each, Visualizer) else each for each in super().configure_callbacks()
+        ]
+        return [*components, LinksLatest(), RefusesMisreadImages(), *missing]
 
     def configure_post_processor(self) -> PostProcessor:
         """Normalise scores without changing their ranking; threshold from normal images alone where need be."""
@@ -60,11 +64,6 @@ class OneClassDefaults:
     def configure_evaluator() -> Evaluator:
         """The pack's metrics, overall and for each category or anomaly group."""
         return GroupEvaluator(test_metrics=default_test_metrics())
-
-    @classmethod
-    def configure_visualizer(cls) -> ImageVisualizer:
-        """Anomalib's, which never ends a test for a picture that cannot be written."""
-        return SparingVisualizer()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Take a component; a pre-processor keeps the antialiasing of its resize when it is exported."""

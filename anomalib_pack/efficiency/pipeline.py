@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +18,7 @@ from anomalib_pack.efficiency.measurement import measure_or_error
 from anomalib_pack.efficiency.plot import plot_latency
 from anomalib_pack.efficiency.report import console_table, short_error, write_csv, write_markdown
 from anomalib_pack.efficiency.settings import Entry, Settings, entries
+from anomalib_pack.files import replace_file
 from anomalib_pack.process import in_own_process
 
 
@@ -51,12 +54,11 @@ class Efficiency(Pipeline):
         try:
             models = entries(settings)
             accuracy = read_accuracy(settings.results, settings.metric) if settings.results else {}
-        except ValueError as error:
+            # A time, as `anomalib benchmark` names its folders.
+            folder = Path("runs", "efficiency", f"{datetime.now():%Y-%m-%d-%H_%M_%S}")
+            folder.mkdir(parents=True)
+        except (OSError, ValueError) as error:  # e.g. a full disk
             parser.error(str(error))
-
-        # A time, as `anomalib benchmark` names its folders.
-        folder = Path("runs", "efficiency", f"{datetime.now():%Y-%m-%d-%H_%M_%S}")
-        folder.mkdir(parents=True)
         rows = _measure_all(models, settings, accuracy, folder)
         _conclude(rows, settings.metric, folder)
         if any("error" in row and not entry.may_fail for entry, row in zip(models, rows, strict=True)):
@@ -80,11 +82,9 @@ def _measure_all(models: list[Entry], settings: Settings, accuracy: dict[str, fl
         if entry.name in accuracy:
             row[settings.metric] = accuracy[entry.name]
         rows.append({"model": entry.name, **row})
-        try:
+        with _unwritten_is_said():  # the table is printed at the end
             write_csv(rows, folder / "results.csv")
             write_markdown(rows, folder / "results.md", settings.metric)
-        except OSError as error:  # e.g. a full disk; the table is printed at the end
-            console.print(error.strerror, markup=False, soft_wrap=True)
     return rows
 
 
@@ -96,8 +96,20 @@ def _conclude(rows: list[dict[str, Any]], metric: str, folder: Path) -> None:
         console.print(f"{row['model']} failed: {short_error(row)}", markup=False, soft_wrap=True)
     if failed:
         tracebacks = [f"{row['model']}\n{row['traceback'] or row['error']}\n" for row in failed]
-        (folder / "errors.log").write_text("\n".join(tracebacks), encoding="utf-8")
+        text = "\n".join(tracebacks)
+        with _unwritten_is_said(instead=text):
+            replace_file(folder / "errors.log", text.encode())
     placed = [row for row in rows if metric in row and "error" not in row]
     if placed:
-        plot_latency(placed, metric, folder / "latency_accuracy.png")
+        with _unwritten_is_said():
+            plot_latency(placed, metric, folder / "latency_accuracy.png")
     console.print(f"Results: {folder}", soft_wrap=True)
+
+
+@contextmanager
+def _unwritten_is_said(instead: str = "") -> Iterator[None]:
+    """Print what cannot be written, e.g. on a full disk, and go on: what was measured is worth more."""
+    try:
+        yield
+    except OSError as error:
+        Console().print(f"{error.strerror}\n{instead}".rstrip(), markup=False, soft_wrap=True)

@@ -292,6 +292,16 @@ def test_folders_with_names_beyond_ascii(tmp_path):
     assert pictures == {Path(path).relative_to(root) for path in raw.paths}
 
 
+def test_data_sets_below_a_name_beyond_ascii(tmp_path):
+    """Anomalib's other datamodules refuse it, whatever the folder of the data set is called."""
+    root = tmp_path / "Müller" / "MVTecAD"
+    for part in ("train/good", "test/good"):
+        (root / "bottle" / part).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(root / "bottle" / part / "0.png")
+    with pytest.raises(ValueError, match=f"no folder with other characters than those of ASCII.* out of it: {root}"):
+        MultiCategory("MVTecAD", root, num_workers=0).setup()
+
+
 def no_links(*_arguments, **_keywords):
     msg = "a required privilege is not held by the client"
     raise OSError(msg)
