@@ -22,7 +22,7 @@ def engine(root: Path) -> Engine:
 
 
 def test_training_after_a_test(loco: MVTecLoco, loco_root: Path, tmp_path: Path) -> None:
-    """Results of a test or prediction before any training are in a version of their own; ``latest`` links to the last."""
+    """What comes before any training has a version of its own too; ``latest`` links to the last."""
     engine(tmp_path / "stock").test(TinyModel(visualizer=True), datamodule=loco)
     with pytest.raises(IsADirectoryError):  # when this fails, Anomalib does better and ours may go
         engine(tmp_path / "stock").fit(TinyModel(visualizer=True), datamodule=loco)
