@@ -84,7 +84,6 @@ def test_a_checkpoint_of_another_network_names_the_arguments(loco: MVTecLoco, tm
     for run in (
         lambda: engine(tmp_path).test(Followed(), datamodule=loco, ckpt_path=checkpoint),
         lambda: engine(tmp_path, max_epochs=2).fit(Followed(), datamodule=loco, ckpt_path=checkpoint),
-        lambda: Followed.load_from_checkpoint(checkpoint, width=4),
     ):
         with pytest.raises(RuntimeError, match=re.compile(expected, re.DOTALL)):
             run()
