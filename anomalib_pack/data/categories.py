@@ -155,7 +155,7 @@ def with_readable_names(datamodule: AnomalibDataModule) -> Iterator[None]:
         ValueError: If no such link can be made, or another datamodule refuses such names; the message has the folder.
     """
     if not isinstance(datamodule, Folder):
-        with _refusal_explained(datamodule.root):
+        with refusal_explained():
             yield
         return
     given = {name: getattr(datamodule, name) for name in ("root", *FOLDERS)}
@@ -183,13 +183,18 @@ def with_readable_names(datamodule: AnomalibDataModule) -> Iterator[None]:
 
 
 @contextmanager
-def _refusal_explained(root: str | Path) -> Iterator[None]:
+def refusal_explained() -> Iterator[None]:
+    """Say what is wrong with a name that Anomalib refuses as not printable.
+
+    Raises:
+        ValueError: Instead of Anomalib's; the message has its path.
+    """
     try:
         yield
     except ValueError as error:
         if "non-printable" not in str(error):
             raise
-        msg = f"{ONLY_ASCII}: {error}. Rename the folder, or move the data set out of it: {root}."
+        msg = f"{ONLY_ASCII}: {error}. Rename the folder, or move the data set out of it."
         raise ValueError(msg) from error
 
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import anomalib.models
 import numpy as np
 import onnxruntime
+import openvino
 import pandas as pd
 import pytest
 import torch
@@ -120,6 +121,12 @@ def restored(trained: Trained, model_class: type[AnomalibModule]) -> AnomalibMod
     return model_class.load_from_checkpoint(trained.checkpoint).eval()
 
 
+def images_of(model: AnomalibModule, loco_root: Path) -> torch.Tensor:
+    """One image of each group, of the model's size."""
+    paths = sorted((loco_root / "tray" / "test").glob("*/000.png"))
+    return model.pre_processor.transform(torch.stack([read_image(path, as_tensor=True) for path in paths]))
+
+
 def agree(exported: dict[str, np.ndarray], eager: dict[str, torch.Tensor]) -> None:
     spread = float(eager["anomaly_map"].max() - eager["anomaly_map"].min())
     assert spread > 0
@@ -137,8 +144,7 @@ def test_exports(trained: Trained, restored: AnomalibModule, loco_root: Path, tm
     """Files for images of one size."""
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")  # what Anomalib asks for before it unpickles a model
     monkeypatch.chdir(tmp_path)  # OpenVINO's inferencer writes a cache into the working directory
-    paths = sorted((loco_root / "tray" / "test").glob("*/000.png"))
-    images = restored.pre_processor.transform(torch.stack([read_image(path, as_tensor=True) for path in paths]))
+    images = images_of(restored, loco_root)
     with torch.no_grad():
         eager = restored(images)._asdict()
     size = f"[{images.shape[-2]},{images.shape[-1]}]"
@@ -203,6 +209,27 @@ def test_files_of_any_size(
     ):
         with torch.no_grad():
             agree(stack([predict(str(file)) for file in files]), expected)
+
+
+@pytest.mark.slow
+def test_int8(
+    trained: Trained, restored: AnomalibModule, loco_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantised after training on a few validation images: rounded, but the same model."""
+    monkeypatch.chdir(tmp_path)
+    images = images_of(restored, loco_root)
+    size = f"[{images.shape[-2]},{images.shape[-1]}]"
+    data = [str(text) for key, value in data_arguments(loco_root).items() for text in (f"--data.{key}", value)]
+    quantised = ("--compression_type", "INT8_PTQ", "--data", "MVTecLoco", *data)
+    export_by_command(trained, "openvino", tmp_path, "--input_size", size, *quantised)
+    file = tmp_path / "weights/openvino/model.xml"
+    kinds = [operation.get_type_name() for operation in openvino.Core().read_model(file).get_ops()]
+    assert "FakeQuantize" in kinds
+    inferencer = OpenVINOInferencer(file, device="CPU", config=OPENVINO_IN_FLOAT32)
+    maps = stack([inferencer.predict(image) for image in images])["anomaly_map"]
+    with torch.no_grad():
+        exact = restored(images).anomaly_map.numpy()
+    assert np.corrcoef(maps.ravel(), exact.ravel())[0, 1] > 0.9
 
 
 # --- Tiled ensemble, which builds models itself and takes their resize away ---
