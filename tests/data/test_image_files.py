@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import Resize
 from anomalib_pack.checks import check_readable, check_training_images
 from anomalib_pack.data import GoodsADDataset, MultiCategory, MVTecLoco, PredictImages
 from anomalib_pack.data.image_files import left_out, read_header, read_image
-from anomalib_pack.data_check import check
+from anomalib_pack.data_check.command import check
 from anomalib_pack.defaults import OneClassDefaults
 
 GRAY = np.array([[0, 1, 255, 256], [1000, 2048, 4000, 4095]], np.uint16)  # 12 bits in 16
