@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anomalib import LearningType
+from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
@@ -15,7 +16,7 @@ from lightning.pytorch import Callback
 from lightning_utilities.core.imports import module_available
 
 from .callbacks import LinksLatest
-from .exporting import AntialiasingByProducts, check_any_size, keep_antialiasing
+from .exporting import AntialiasingByProducts, check_any_size, images_of_size, keep_antialiasing
 from .metrics import GroupEvaluator, default_test_metrics
 from .pictures import SparesMetrics
 from .post_processing import RankPreservingPostProcessor
@@ -105,6 +106,7 @@ class OneClassDefaults:
         model_file_name: str = "model",
         input_size: tuple[int, int] | None = None,
         compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
         **kwargs: Any,
     ) -> Path:
         """Export to OpenVINO, after a look at what it takes.
@@ -114,6 +116,7 @@ class OneClassDefaults:
             model_file_name: Its name.
             input_size: Height and width of all images, ``None`` for images of any size.
             compression_type: As in all Anomalib models.
+            datamodule: For INT8 by quantisation: its validation images, and with accuracy control its test images.
             **kwargs: As in all Anomalib models.
 
         Raises:
@@ -124,4 +127,5 @@ class OneClassDefaults:
         if missing:
             msg = f'This export needs {" and ".join(missing)}: pip install "anomalib-pack[export]".'
             raise ModuleNotFoundError(msg)
-        return super().to_openvino(export_root, model_file_name, input_size, compression_type, **kwargs)
+        with images_of_size(datamodule, input_size):
+            return super().to_openvino(export_root, model_file_name, input_size, compression_type, datamodule, **kwargs)
