@@ -64,7 +64,9 @@ class Backbone(nn.Module):
             raise ValueError(msg)
         self.layers = list(layers)
         config = self.network.pretrained_cfg
-        self.inside_stages = not set(stages).issuperset(layers)
+        # Some networks have no cut between stages in earlier versions of timm: DenseNets in 1.0.22.
+        cuts = hasattr(self.network, "prune_intermediate_layers")
+        self.inside_stages = not (cuts and set(stages).issuperset(layers))
         if self.inside_stages:
             self._cut_inside_stages(layers)
         else:
