@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ class Backbone(nn.Module):
             raise ValueError(msg)
         self.layers = list(layers)
         config = self.network.pretrained_cfg
-        self.inside_stages = not set(stages).issuperset(layers)
+        # Some networks have no cut between stages in earlier versions of timm: DenseNets in 1.0.22.
+        cuts = hasattr(self.network, "prune_intermediate_layers")
+        self.inside_stages = not (cuts and set(stages).issuperset(layers))
         if self.inside_stages:
             self._cut_inside_stages(layers)
         else:
@@ -208,14 +211,24 @@ class FrozenBackbone(Backbone):
         return super().tokens(images)
 
 
-def _create(name: str, head: bool = False) -> nn.Module:
-    """Build the bare network, without weights."""
+def check_name(name: str, argument: str = "backbone", prefix: str = "") -> None:
+    """Check that timm knows a network, and its tag if it has one.
+
+    Raises:
+        ValueError: If not; the message names the argument, with the prefix that names have there, and similar names.
+    """
     architecture, tag = split_model_name_tag(name)
     tagged = list(get_arch_pretrained_cfgs(architecture)) if is_model(architecture) else []
     if not is_model(architecture) or (tag and name not in tagged):
-        similar = tagged or list_models(f"*{name[:8]}*")[:10]
-        msg = f"backbone must be a timm network, got {name!r}. Similar names: {similar}"
+        similar = tagged or get_close_matches(architecture, list_models(), n=10, cutoff=0.4)
+        what = f"{prefix!r} and the name of a timm network" if prefix else "a timm network"
+        msg = f"{argument} must be {what}, got {prefix + name!r}. Similar names: {[prefix + each for each in similar]}"
         raise ValueError(msg)
+
+
+def _create(name: str, head: bool = False) -> nn.Module:
+    """Build the bare network, without weights."""
+    check_name(name)
     arguments = {} if head else {"num_classes": 0}
     if model_entrypoint(name).__module__ == "timm.models.vision_transformer":
         arguments["dynamic_img_size"] = True  # otherwise a ViT accepts its training resolution only

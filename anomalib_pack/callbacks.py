@@ -1,5 +1,8 @@
 """Callbacks for any Anomalib model."""
 
+from pathlib import Path
+
+from anomalib.utils.path import create_versioned_dir
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback, seed_everything
 
@@ -40,3 +43,17 @@ class SeedEverything(Callback):
         """Seed the order of the data and whatever else the training draws."""
         del trainer, pl_module
         seed_everything(self.seed, workers=True)
+
+
+class LinksLatest(Callback):
+    """Makes ``latest`` a link in the folder of results also where a test or prediction comes before any training.
+
+    Anomalib makes a folder of it then, in whose place the next training cannot put its link. As after a training, the
+    results are in ``v0``. All models of the pack have this callback.
+    """
+
+    def setup(self, trainer: Trainer, _pl_module: LightningModule, stage: str) -> None:
+        """Make folder and link where there is nothing."""
+        latest = Path(trainer.default_root_dir)
+        if stage in {"test", "predict"} and latest.name == "latest" and trainer.is_global_zero and not latest.exists():
+            create_versioned_dir(latest.parent)

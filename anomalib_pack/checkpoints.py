@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from anomalib.data import AnomalibDataModule
@@ -35,6 +36,7 @@ class FollowsCheckpoint:
     """
 
     without_effect: tuple[str, ...] = ()  # arguments that change nothing in the results of a trained model
+    _differing: tuple[str, ...] = ()  # arguments that the checkpoint had other values of, with both
 
     def setup(self, stage: str) -> None:
         """Check the size of the images.
@@ -61,13 +63,15 @@ class FollowsCheckpoint:
             self.pre_processor = PreProcessor()
         super().on_load_checkpoint(checkpoint)
         self._say_what_the_components_are(checkpoint, given)
+        differing = self._differing_arguments(checkpoint)
+        self._differing = tuple(differing.values())
         if trainer is None:
             return
         for name, component in before.items():
             _replace_callback(trainer, component, getattr(self, name))
         if isinstance(trainer.datamodule, AnomalibDataModule):
             trainer.datamodule.setup(trainer.state.fn)  # it is set up, this only gives it the pre-processor's resize
-        self._warn_of_other_arguments(checkpoint)
+        self._warn_of_other_arguments(differing)
 
     def _say_what_the_components_are(self, checkpoint: dict[str, Any], given: dict[str, str]) -> None:
         taken = {name: _described(getattr(self, name)) for name in COMPONENTS}
@@ -88,16 +92,34 @@ class FollowsCheckpoint:
                     f"The {name} is the checkpoint's, {taken[name]}, instead of the constructor's, {given[name]}.",
                 )
 
-    def _warn_of_other_arguments(self, checkpoint: dict[str, Any]) -> None:
-        trainer, theirs = self.trainer, checkpoint.get("hyper_parameters", {})
+    def load_state_dict(self, state_dict: Mapping[str, Any], *arguments: Any, **keywords: Any) -> Any:
+        """Load the tensors.
+
+        Raises:
+            RuntimeError: If they are of another network; the message names the arguments that differ.
+        """
+        try:
+            return super().load_state_dict(state_dict, *arguments, **keywords)
+        except RuntimeError as error:
+            if not self._differing:
+                raise
+            msg = f"The checkpoint does not fit the arguments of {self.name}: {'; '.join(self._differing)}. {error}"
+            raise RuntimeError(msg) from error
+
+    def _differing_arguments(self, checkpoint: dict[str, Any]) -> dict[str, str]:
+        theirs = checkpoint.get("hyper_parameters", {})
         ours = {name: self.hparams[name] for name in inspect.signature(type(self)).parameters if name in self.hparams}
-        differing = {
+        return {
             name: f"{name}={theirs[name]!r} in the checkpoint, {value!r} here"
             for name, value in ours.items()
             if name in theirs and name not in (*WEIGHTS, *EXECUTION) and _plain(theirs[name]) != _plain(value)
         }
+
+    def _warn_of_other_arguments(self, differing: dict[str, str]) -> None:
+        trainer = self.trainer
         if trainer.state.fn == TrainerFn.FITTING:
-            ignored = [differing.pop(name) for name in OPTIMIZER if name in differing]
+            ignored = [differing[name] for name in OPTIMIZER if name in differing]
+            differing = {name: text for name, text in differing.items() if name not in OPTIMIZER}
             if ignored:
                 _warn(trainer, f"The checkpoint's optimizer goes on with its own values: {'; '.join(ignored)}.")
         else:

@@ -8,17 +8,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from anomalib import LearningType
+from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
-from anomalib.visualization import ImageVisualizer
+from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from lightning_utilities.core.imports import module_available
 
-from .exporting import AntialiasingByProducts, check_any_size, keep_antialiasing
+from .callbacks import LinksLatest
+from .exporting import AntialiasingByProducts, check_any_size, images_of_size, keep_antialiasing
 from .feature_cache import FeatureCache
 from .metrics import GroupEvaluator, default_test_metrics
-from .pictures import SparingVisualizer
+from .pictures import SparesMetrics
 from .post_processing import RankPreservingPostProcessor
 from .progress import ProgressLines
 from .quantizing import quantize_file
@@ -60,7 +62,10 @@ class OneClassDefaults:
         ours = (KeepTraining, ProgressLines)
         cache = [] if self.feature_cache is None else [self.feature_cache]
         missing = [each() for each in ours if not any(isinstance(one, each) for one in self.trainer.callbacks)]
-        return [*super().configure_callbacks(), RefusesMisreadImages(), *missing, *cache]
+        components = [
+            SparesMetrics(each) if isinstance(each, Visualizer) else each for each in super().configure_callbacks()
+        ]
+        return [*components, LinksLatest(), RefusesMisreadImages(), *missing, *cache]
 
     def configure_post_processor(self) -> PostProcessor:
         """Normalise scores without changing their ranking; threshold from normal images alone where need be."""
@@ -70,11 +75,6 @@ class OneClassDefaults:
     def configure_evaluator() -> Evaluator:
         """The pack's metrics, overall and for each category or anomaly group."""
         return GroupEvaluator(test_metrics=default_test_metrics())
-
-    @classmethod
-    def configure_visualizer(cls) -> ImageVisualizer:
-        """Anomalib's, which never ends a test for a picture that cannot be written."""
-        return SparingVisualizer()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Take a component; a pre-processor keeps the antialiasing of its resize when it is exported."""
@@ -116,6 +116,7 @@ class OneClassDefaults:
         model_file_name: str = "model",
         input_size: tuple[int, int] | None = None,
         compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
         **kwargs: Any,
     ) -> Path:
         """Export to OpenVINO, after a look at what it takes.
@@ -126,6 +127,7 @@ class OneClassDefaults:
             input_size: Height and width of all images, ``None`` for images of any size.
             compression_type: As in all Anomalib models. ``INT8_PTQ`` keeps layers in float as the maps of normal
                 validation images need it, see :mod:`anomalib_pack.quantizing`.
+            datamodule: For INT8 by quantisation: its validation images, and with accuracy control its test images.
             **kwargs: As in all Anomalib models.
 
         Raises:
@@ -137,8 +139,9 @@ class OneClassDefaults:
         if missing:
             msg = f'This export needs {" and ".join(missing)}: pip install "anomalib-pack[export]".'
             raise ModuleNotFoundError(msg)
-        if compression_type != CompressionType.INT8_PTQ:
-            return super().to_openvino(export_root, model_file_name, input_size, compression_type, **kwargs)
-        with TemporaryDirectory() as folder:
-            in_float = super().to_openvino(folder, model_file_name, input_size, **kwargs)
-            return quantize_file(in_float, Path(export_root, in_float.relative_to(folder)), kwargs.get("datamodule"))
+        if compression_type == CompressionType.INT8_PTQ:
+            with TemporaryDirectory() as folder:
+                in_float = super().to_openvino(folder, model_file_name, input_size, **kwargs)
+                return quantize_file(in_float, Path(export_root, in_float.relative_to(folder)), datamodule)
+        with images_of_size(datamodule, input_size):
+            return super().to_openvino(export_root, model_file_name, input_size, compression_type, datamodule, **kwargs)

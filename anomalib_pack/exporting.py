@@ -8,10 +8,12 @@ OpenVINO files an antialiased interpolation is two matrix products, which all ru
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from anomalib.data import AnomalibDataModule
 from anomalib.data.transforms import ExportableCenterCrop, SquarePad
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.pre_processing import PreProcessor
@@ -19,7 +21,7 @@ from anomalib.pre_processing.utils.transform import convert_center_crop_transfor
 from torch import nn
 from torch.nn.functional import interpolate
 from torch.overrides import TorchFunctionMode
-from torchvision.transforms.v2 import CenterCrop, Resize, Transform
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize, Transform
 
 SPATIAL = (Resize, CenterCrop, ExportableCenterCrop, SquarePad)  # of what Anomalib keeps in checkpoints
 
@@ -45,6 +47,26 @@ def check_any_size(pre_processor: nn.Module | None) -> None:
             f"width first, got {steps[0]}. Give Resize both, or export for images of one size with input_size."
         )
         raise ValueError(msg)
+
+
+@contextmanager
+def images_of_size(datamodule: AnomalibDataModule | None, size: tuple[int, int] | None) -> Iterator[None]:
+    """Let a datamodule that belongs to no training resize images as the file takes them.
+
+    Quantisation runs the file on its validation and test images. Anomalib's own does so with images of any size.
+    """
+    if datamodule is None or size is None:
+        yield
+        return
+    names = ("val_augmentations", "test_augmentations")
+    given = {name: getattr(datamodule, name) for name in names}
+    try:
+        for name, own in given.items():
+            setattr(datamodule, name, Compose([*([] if own is None else [own]), Resize(size, antialias=True)]))
+        yield
+    finally:
+        for name, own in given.items():
+            setattr(datamodule, name, own)
 
 
 class AntialiasingByProducts(TorchFunctionMode):

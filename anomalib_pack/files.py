@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 def replace_file(path: Path, content: bytes | memoryview) -> None:
@@ -26,6 +30,17 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
     except BaseException:  # Ctrl+C
         part.unlink(missing_ok=True)
         raise
+
+
+def replace_tensors(path: Path, content: Any) -> None:
+    """Write what ``torch.save`` takes, as :func:`replace_file` does.
+
+    Raises:
+        OSError: If it cannot be written; the message names it. An earlier file is still there.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    replace_file(path, buffer.getbuffer())
 
 
 def unwritable(path: Path, error: OSError) -> OSError:

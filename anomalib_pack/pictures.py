@@ -10,51 +10,67 @@ from typing import Any
 
 from anomalib.data import ImageBatch
 from anomalib.utils.path import generate_output_filename
-from anomalib.visualization import ImageVisualizer
+from anomalib.visualization import Visualizer
 from lightning import LightningModule, Trainer
+from lightning.pytorch import Callback
 from PIL import Image
 
 logger = logging.getLogger(__name__)
 
 
-class SparingVisualizer(ImageVisualizer):
-    """Anomalib's ``ImageVisualizer`` that never ends a test, before there are metrics, for a picture.
+class SparesMetrics(Callback):
+    """Runs a visualizer, Anomalib's or the user's, that never ends a test, before there are metrics, for a picture.
 
     One that cannot be written is said once.
+
+    Args:
+        visualizer: All of the trainer's calls reach it.
     """
 
-    _said = False
+    def __init__(self, visualizer: Visualizer) -> None:
+        self.visualizer = visualizer
+        self._said = False
+        others = {name for name in vars(Callback) if not name.startswith("_")} - vars(type(self)).keys()
+        vars(self).update({name: getattr(visualizer, name) for name in others})
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: ImageBatch, *arguments: Any
     ) -> None:
-        """Draw the pictures of a batch; predictions come here too."""
-        with self.sparing_metrics(trainer, batch):
-            super().on_test_batch_end(trainer, pl_module, outputs, batch, *arguments)
+        """Draw the pictures of a batch."""
+        with self._sparing_metrics(trainer, batch):
+            self.visualizer.on_test_batch_end(trainer, pl_module, outputs, batch, *arguments)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: ImageBatch, *arguments: Any
+    ) -> None:
+        """Draw the pictures of a batch of predictions."""
+        with self._sparing_metrics(trainer, batch):
+            self.visualizer.on_predict_batch_end(trainer, pl_module, outputs, batch, *arguments)
 
     @contextmanager
-    def sparing_metrics(self, trainer: Trainer, batch: ImageBatch) -> Iterator[None]:
-        """For the drawing of a batch: say the first picture that cannot be written, and go on."""
+    def _sparing_metrics(self, trainer: Trainer, batch: ImageBatch) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            self._remove_parts(trainer, batch)
+            folder = getattr(self.visualizer, "output_dir", None) or trainer.default_root_dir
+            _remove_parts(trainer, batch, folder)
             if not self._said:
                 logger.warning(
                     "Cannot write pictures to %s: %s. The metrics do not need them; this is said once.",
-                    self.output_dir,
+                    folder,
                     error.strerror or error,
                 )
             self._said = True
 
-    def _remove_parts(self, trainer: Trainer, batch: ImageBatch) -> None:
-        """Remove what is there of a picture that was not finished."""
-        data = trainer.datamodule
-        names = {"dataset_name": getattr(data, "name", None), "category": getattr(data, "category", None)}
-        for path in batch.image_path or ():
-            picture = generate_output_filename(path, self.output_dir, mkdir=False, **names)
-            if picture.is_file() and not _is_whole(picture):
-                picture.unlink()
+
+def _remove_parts(trainer: Trainer, batch: ImageBatch, folder: str | Path) -> None:
+    """Remove what is there of a picture that was not finished."""
+    data = trainer.datamodule
+    names = {"dataset_name": getattr(data, "name", None), "category": getattr(data, "category", None)}
+    for path in batch.image_path or ():
+        picture = generate_output_filename(path, folder, mkdir=False, **names)
+        if picture.is_file() and not _is_whole(picture):
+            picture.unlink()
 
 
 def _is_whole(picture: Path) -> bool:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from .checks import require
-from .files import replace_file
+from .files import replace_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +134,4 @@ class WholeFiles(AnomalibCheckpointIO):
         if "://" in str(path):  # not on a disk
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        replace_file(Path(path), buffer.getbuffer())
+        replace_tensors(Path(path), checkpoint)

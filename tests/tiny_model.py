@@ -13,10 +13,10 @@ from torchvision.transforms.v2 import Resize
 class TinyNet(nn.Module):
     """Autoencoder with the reconstruction error, scaled and shifted, as score."""
 
-    def __init__(self):
+    def __init__(self, width=4):
         super().__init__()
-        self.encode = nn.Conv2d(3, 4, 4, stride=4)
-        self.decode = nn.ConvTranspose2d(4, 3, 4, stride=4)
+        self.encode = nn.Conv2d(3, width, 4, stride=4)
+        self.decode = nn.ConvTranspose2d(width, 3, 4, stride=4)
 
     def forward(self, images):
         error = (images - self.decode(self.encode(images))).square().mean(dim=1, keepdim=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from torchvision.transforms.v2 import Compose, RandomGrayscale, Resize, ToDtype,
 
 from anomalib_efficientad.images import ImageFiles, find_images
 from anomalib_pack.checks import require
-from anomalib_pack.files import replace_file
+from anomalib_pack.files import replace_tensors
 from anomalib_pack.resuming import WholeFiles
 
 from .lightning_model import TeacherDistillation
@@ -134,9 +133,7 @@ def distill(
     trainer.fit(module, loader, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
     if trainer.interrupted:  # Lightning may return as if nothing had happened
         raise KeyboardInterrupt
-    buffer = io.BytesIO()
-    torch.save(module.teacher.cpu().state_dict(), buffer)
-    replace_file(out, buffer.getbuffer())
+    replace_tensors(out, module.teacher.cpu().state_dict())
     checkpoint.unlink()
     rank_zero_info(f"Wrote the teacher to {out}")
 

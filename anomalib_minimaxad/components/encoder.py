@@ -15,11 +15,10 @@ import timm
 import torch
 from huggingface_hub import hf_hub_download
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import is_model
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_pack.backbones import FrozenBackbone, load_fitting, read_state_dict
+from anomalib_pack.backbones import FrozenBackbone, check_name, load_fitting, read_state_dict
 from anomalib_pack.checks import require
 
 from .blocks import Block, ChannelNorm
@@ -206,7 +205,7 @@ class TimmEncoder(FrozenBackbone):
     """
 
     def __init__(self, name: str) -> None:
-        require("encoder", TIMM_PREFIX + name, is_model(name), "the name of a timm network after 'timm:'")
+        check_name(name, "encoder", TIMM_PREFIX)
         with torch.device("meta"):  # without the tensors themselves
             info = timm.create_model(name, pretrained=False).feature_info
         layers = {entry["reduction"]: entry["module"] for entry in info}

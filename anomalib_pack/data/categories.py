@@ -27,6 +27,8 @@ UNUSABLE = {"ADAM3D", "Kaputt", "MVTec3D"}
 # Datamodules whose prepare_data gets one category only; that of all others gets the whole data set.
 SINGLY_PREPARED = {"AutoVI": AUTOVI_CATEGORIES, "SyntheticLoco": tuple(SCENES)}
 
+ONLY_ASCII = "Anomalib reads no folder with other characters than those of ASCII in its path"
+
 # Arguments of ``Folder`` that name folders.
 FOLDERS = ("normal_dir", "abnormal_dir", "normal_test_dir", "mask_dir")
 
@@ -150,9 +152,13 @@ def with_readable_names(datamodule: AnomalibDataModule) -> Iterator[None]:
     and lists the files below the folders themselves.
 
     Raises:
-        ValueError: If no such link can be made; the message names the folder.
+        ValueError: If no such link can be made, or another datamodule refuses such names; the message has the folder.
     """
-    given = {name: getattr(datamodule, name) for name in ("root", *FOLDERS)} if isinstance(datamodule, Folder) else {}
+    if not isinstance(datamodule, Folder):
+        with refusal_explained():
+            yield
+        return
+    given = {name: getattr(datamodule, name) for name in ("root", *FOLDERS)}
     paths = {name: _absolute_paths(datamodule, name) for name in given if name in FOLDERS}
     unreadable = [path for several in paths.values() for path in several if contains_non_printable_characters(path)]
     if not unreadable:
@@ -163,8 +169,8 @@ def with_readable_names(datamodule: AnomalibDataModule) -> Iterator[None]:
             links = {name: _linked(several, Path(temporary), name) for name, several in paths.items()}
         except OSError as error:
             msg = (
-                f"Anomalib reads no folder with other characters than those of ASCII in its path, and no link around "
-                f"them can be made ({error}): {', '.join(unreadable)}. Rename the folder."
+                f"{ONLY_ASCII}, and no link around them can be made ({error}): {', '.join(unreadable)}. Rename the "
+                "folder."
             )
             raise ValueError(msg) from error
         try:
@@ -174,6 +180,22 @@ def with_readable_names(datamodule: AnomalibDataModule) -> Iterator[None]:
         finally:
             for name, value in given.items():
                 setattr(datamodule, name, value)
+
+
+@contextmanager
+def refusal_explained() -> Iterator[None]:
+    """Say what is wrong with a name that Anomalib refuses as not printable.
+
+    Raises:
+        ValueError: Instead of Anomalib's; the message has its path.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "non-printable" not in str(error):
+            raise
+        msg = f"{ONLY_ASCII}: {error}. Rename the folder, or move the data set out of it."
+        raise ValueError(msg) from error
 
 
 def _linked(paths: Sequence[str], folder: Path, name: str) -> list[Path]:

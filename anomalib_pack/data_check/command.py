@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from anomalib.data import AnomalibDataModule
 from jsonargparse import ArgumentParser
 
+from anomalib_pack.data.categories import refusal_explained
 from anomalib_pack.data.image_files import map_files
 from anomalib_pack.progress import progress_bar
 
@@ -32,7 +33,8 @@ def check(datamodule: AnomalibDataModule) -> tuple[str, int]:
     """
     datamodule.looks_at_files = False  # what the pack's datamodules would stop at is to be in the report
     try:
-        datamodule.setup()
+        with refusal_explained():
+            datamodule.setup()
     except (OSError, RuntimeError, ValueError) as error:  # lists are made, and some of what is missing is found
         return as_text([], {}, Findings([str(error)], {})), 1
     images = list_images(datamodule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +27,7 @@ from anomalib_pack.efficiency.report import (
     write_markdown,
 )
 from anomalib_pack.efficiency.settings import Entry, Settings, entries
+from anomalib_pack.files import replace_file
 from anomalib_pack.process import in_own_process
 
 
@@ -61,12 +63,11 @@ class Efficiency(Pipeline):
         try:
             models = entries(settings)
             accuracy = read_accuracy(settings.results, settings.metric) if settings.results else {}
-        except ValueError as error:
+            # A time, as `anomalib benchmark` names its folders.
+            folder = Path("runs", "efficiency", f"{datetime.now():%Y-%m-%d-%H_%M_%S}")
+            folder.mkdir(parents=True)
+        except (OSError, ValueError) as error:  # e.g. a full disk
             parser.error(str(error))
-
-        # A time, as `anomalib benchmark` names its folders.
-        folder = Path("runs", "efficiency", f"{datetime.now():%Y-%m-%d-%H_%M_%S}")
-        folder.mkdir(parents=True)
         rows = _measure_all(models, settings, accuracy, folder)
         _conclude(rows, settings.metric, folder)
         may_fail = {entry.name for entry in models if entry.may_fail}
@@ -88,11 +89,9 @@ def _measure_all(models: list[Entry], settings: Settings, accuracy: dict[str, fl
             if entry.name in accuracy and "format" not in row:
                 row[settings.metric] = accuracy[entry.name]
             rows.append({"model": entry.name, **row})
-            try:
+            with _unwritten_is_said():  # the table is printed at the end
                 write_csv(rows, folder / "results.csv")
                 write_markdown(rows, folder / "results.md", settings.metric)
-            except OSError as error:  # e.g. a full disk; the table is printed at the end
-                console.print(error.strerror, markup=False, soft_wrap=True)
     return rows
 
 
@@ -122,9 +121,20 @@ def _conclude(rows: list[dict[str, Any]], metric: str, folder: Path) -> None:
     for row in failed:
         console.print(f"{full_name(row)} failed: {short_error(row)}", markup=False, soft_wrap=True)
     if failed:
-        tracebacks = [f"{full_name(row)}\n{row['traceback'] or row['error']}\n" for row in failed]
-        (folder / "errors.log").write_text("\n".join(tracebacks), encoding="utf-8")
+        text = "\n".join(f"{full_name(row)}\n{row['traceback'] or row['error']}\n" for row in failed)
+        with _unwritten_is_said(instead=text):
+            replace_file(folder / "errors.log", text.encode())
     placed = [row for row in rows if metric in row and not {"error", "format"} & row.keys()]
     if placed:
-        plot_latency(placed, metric, folder / "latency_accuracy.png")
+        with _unwritten_is_said():
+            plot_latency(placed, metric, folder / "latency_accuracy.png")
     console.print(f"Results: {folder}", soft_wrap=True)
+
+
+@contextmanager
+def _unwritten_is_said(instead: str = "") -> Iterator[None]:
+    """Print what cannot be written, e.g. on a full disk, and go on: what was measured is worth more."""
+    try:
+        yield
+    except OSError as error:
+        Console().print(f"{error.strerror}\n{instead}".rstrip(), markup=False, soft_wrap=True)

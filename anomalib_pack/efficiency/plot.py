@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
+
+from anomalib_pack.files import replace_file
 
 
 def plot_latency(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
@@ -15,7 +18,10 @@ def plot_latency(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
     Args:
         rows: Measured models, with `latency_mean_ms` and the metric.
         metric: Key of the accuracy.
-        path: Of the picture; the ending decides on the format.
+        path: Of the picture, a PNG.
+
+    Raises:
+        OSError: If it cannot be written; the message names it.
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -28,4 +34,6 @@ def plot_latency(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
     axes.margins(x=0.25, y=0.15)  # room for the labels
     axes.set(xlabel=f"latency [ms] on {rows[0]['device_name']}", ylabel=metric)
     axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=150)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    replace_file(path, buffer.getbuffer())

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from anomalib.data import InferenceBatch
 from torch import nn
-from tqdm.auto import tqdm
+
+from anomalib_pack.progress import progress_bar
 
 
 def inference(network: nn.Module, images: torch.Tensor, device: torch.device) -> Callable[[], torch.Tensor]:
@@ -84,7 +85,7 @@ def pass_times(
         Seconds of each timed pass, (passes,).
     """
     seconds = _cuda_seconds if device.type == "cuda" else _cpu_seconds
-    times = [seconds(one_pass) for _ in tqdm(range(warmup + passes), desc=label, leave=False)]
+    times = [seconds(one_pass) for _ in progress_bar(range(warmup + passes), desc=label, leave=False)]
     return np.array(times[warmup:])
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from multiprocessing import connection, parent_process
 from pathlib import Path
@@ -39,7 +39,7 @@ def run_or_error(experiment: Experiment, log: Path) -> dict[str, Any]:
         try:
             return run_experiment(experiment)
         except (Exception, SystemExit) as error:  # whatever is wrong with one job, the others run
-            with log.open("a", encoding="utf-8") as file:
+            with suppress(OSError), log.open("a", encoding="utf-8") as file:  # e.g. on a full disk
                 traceback.print_exc(file=file)
             return {"error": one_line(error)}
 

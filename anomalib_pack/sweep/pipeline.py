@@ -57,12 +57,11 @@ class Sweep(Benchmark):
             plan = read_plan(self._get_args(args))
             _check_devices(plan.accelerators)
             folder = _folder(args.resume)
+            config = Path(args.config).read_bytes()
+            (folder / LOGS).mkdir(parents=True, exist_ok=True)
+            replace_file(folder / CONFIG, config)
         except (OSError, ValueError, yaml.YAMLError) as error:
             parser.error(str(error))
-
-        config = Path(args.config).read_text(encoding="utf-8")
-        (folder / LOGS).mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(config, encoding="utf-8")
         Console().print(f"Results: {folder}", soft_wrap=True)
         done = {row["job"] for row in read_rows(folder / RESULTS) if not row["error"]}
         pending = [experiment for experiment in plan.experiments if experiment.key not in done]

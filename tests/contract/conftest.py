@@ -11,7 +11,7 @@ from cases import CASES, Case, registered_models
 from filelock import FileLock
 from runs import SEED, Trained, run_command, write_config
 
-QUICK = ("test_interface", "test_waits_for_nothing")  # files that take seconds for any model
+QUICK = ("test_half_precision", "test_interface", "test_waits_for_nothing")  # files that take seconds for any model
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

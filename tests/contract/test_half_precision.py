@@ -3,12 +3,10 @@
 Each is as its paper has it: the class's defaults. On a CPU float16 takes minutes where bfloat16 takes seconds.
 """
 
-import pytest
 import torch
 from anomalib.models import AnomalibModule
 from cases import Case
 
-pytestmark = pytest.mark.slow  # up to 20 seconds for each
 TOLERANCE = 0.03  # of the map's range; bfloat16 has 8 bits, and each rounding adds up to 0.4 %
 
 

@@ -1,5 +1,6 @@
 """Images are read alike in training, test and prediction, or refused; what is wrong with files and masks is said."""
 
+import re
 import warnings
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.cli.cli import AnomalibCLI
+from anomalib.data import MVTecAD
 from anomalib.data.utils import read_image as read_as_anomalib
 from anomalib.engine import Engine
 from image_folders import folder, turned, write, write_folder, write_goods
@@ -18,6 +20,7 @@ from torchvision.transforms.v2 import Resize
 from anomalib_pack.checks import check_readable, check_training_images
 from anomalib_pack.data import GoodsADDataset, MultiCategory, MVTecLoco, PredictImages
 from anomalib_pack.data.image_files import left_out, read_header, read_image
+from anomalib_pack.data_check.command import check
 from anomalib_pack.defaults import OneClassDefaults
 
 GRAY = np.array([[0, 1, 255, 256], [1000, 2048, 4000, 4095]], np.uint16)  # 12 bits in 16
@@ -290,6 +293,20 @@ def test_folders_with_names_beyond_ascii(tmp_path):
     assert torch.cat(raw.masks).flatten(1).any(dim=1).sum() == 3
     pictures = {path.relative_to(path.parents[1]) for path in (tmp_path / "results").rglob("images/*/*.png")}
     assert pictures == {Path(path).relative_to(root) for path in raw.paths}
+
+
+def test_data_sets_below_a_name_beyond_ascii(tmp_path):
+    """Anomalib's other datamodules refuse it, whatever the folder of the data set is called."""
+    root = tmp_path / "Müller" / "MVTecAD"
+    for part in ("train/good", "test/good"):
+        (root / "bottle" / part).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(root / "bottle" / part / "0.png")
+    message = f"Anomalib reads no folder with other characters than those of ASCII .*{root}/bottle. Rename the folder"
+    with pytest.raises(ValueError, match=message):
+        MultiCategory("MVTecAD", root, num_workers=0).setup()
+    report, errors = check(MVTecAD(root, category="bottle", num_workers=0))
+    assert errors == 1
+    assert re.search(message, report)
 
 
 def no_links(*_arguments, **_keywords):

@@ -35,7 +35,8 @@ def test_command(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "[1/1] Uniad" in result.stdout
-    assert "Uniad, batch 2, run 2 of 2" in result.stderr  # the progress of the passes
+    assert "Uniad, batch 2, run 2 of 2: 100%" in result.stderr  # the progress of the passes
+    assert "\r" not in result.stderr  # in lines, where there is no terminal
     (folder,) = (tmp_path / "runs" / "efficiency").iterdir()
     assert {path.name for path in folder.iterdir()} == {"results.csv", "results.md", "latency_accuracy.png"}
     table = pd.read_csv(folder / "results.csv", index_col="model")
