@@ -7,6 +7,7 @@ e.g. an evaluator.
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -81,6 +82,27 @@ def find_class(section: str, class_path: str, where: str) -> type:
         )
         raise ValueError(msg)  # noqa: TRY004  # of a configuration, not of a call
     return found
+
+
+def without_defaults(section: str, given: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the arguments that are the defaults of its class."""
+    defaults = _defaults(find_class(section, given["class_path"], section))
+    kept = {
+        name: value
+        for name, value in given.get("init_args", {}).items()
+        if name not in defaults or defaults[name] != value
+    }
+    return {"class_path": given["class_path"], "init_args": kept}
+
+
+@cache
+def _defaults(cls: type) -> dict[str, Any]:
+    parameters = inspect.signature(cls).parameters.values()
+    return {
+        each.name: list(each.default) if isinstance(each.default, tuple) else each.default
+        for each in parameters
+        if each.default is not each.empty
+    }
 
 
 def _is_component(value: Any, base: type) -> bool:

@@ -1,0 +1,80 @@
+"""Where the files of the papers are, and what they say.
+
+``configs/papers/<paper>/<table>.yaml`` in a checkout, the same below the package in a wheel. A table names its trainings
+with ``runs``, files beside it, or has them itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SUFFIX = ".yaml"
+RUNS = "runs"  # folder of the trainings that several tables read
+_PACKAGE = Path(__file__).parents[1] / "configs"
+CONFIGS = _PACKAGE if _PACKAGE.is_dir() else Path(__file__).parents[2] / "configs"
+
+Config = dict[str, Any]
+
+
+def locate(name: str | Path) -> Path:
+    """Find a file or a folder: a path, with or without its suffix, or one below the configurations of the pack.
+
+    Raises:
+        FileNotFoundError: If it is none of these.
+    """
+    candidates = [Path(name), Path(f"{name}{SUFFIX}"), CONFIGS / name, CONFIGS / f"{name}{SUFFIX}"]
+    for path in candidates:
+        if path.exists():
+            return path
+    msg = f"config must be a file or a folder, got {name}; there is no {' and no '.join(map(str, candidates))} either."
+    raise FileNotFoundError(msg)
+
+
+def is_table(config: Any) -> bool:
+    """Whether a file's content is that of a table."""
+    return isinstance(config, dict) and "rows" in config
+
+
+def table_files(folder: Path) -> list[Path]:
+    """Files of all tables of a paper, or of all papers, in the order of their numbers.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    found = [path for path in folder.rglob(f"*{SUFFIX}") if path.parent.name != RUNS]
+    if not found:
+        msg = f"config must be a table or a folder with tables, got {folder}."
+        raise ValueError(msg)
+    return sorted(found, key=lambda path: (path.parent, _numbers_apart(path.stem)))
+
+
+def load(path: Path) -> Config:
+    """Read a table, with the configurations of its trainings under `runs`.
+
+    Raises:
+        OSError: If a file cannot be read.
+        ValueError: If it is not a mapping.
+    """
+    config = _mapping(path)
+    names = config.get(RUNS, [])
+    names = names if isinstance(names, list) else [names]
+    own = {key: config.pop(key) for key in ("models", "data", "seeds", "trainer") if key in config}
+    config[RUNS] = [_mapping(path.parent / f"{name}{SUFFIX}") for name in names] + ([own] if own else [])
+    return config
+
+
+def _mapping(path: Path) -> Config:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        msg = f"{path} must hold a mapping, got {content!r}."
+        raise ValueError(msg)  # noqa: TRY004  # of a configuration, not of a call
+    return content
+
+
+def _numbers_apart(name: str) -> tuple[Any, ...]:
+    """Table_2 comes before table_10, and table_10 before table_a1."""
+    kind, _, number = name.rpartition("_")
+    return (kind, not number.isdigit(), int(number) if number.isdigit() else 0, number)

@@ -1,0 +1,45 @@
+"""Metrics by their names, as tables of papers ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from anomalib.metrics import AUROC, AnomalibMetric, F1Max
+
+from anomalib_pack.metrics import GroupEvaluator, image, pixel
+from anomalib_pack.metrics.group_evaluator import MAD_METRICS
+
+_SCORES = ["pred_score", "gt_label"]
+_IMAGE = {"image_AUROC": AUROC, "image_AP": image.AP, "image_F1Max": F1Max}
+_PIXEL = {
+    "pixel_AUROC": pixel.AUROC,
+    "pixel_AP": pixel.AP,
+    "pixel_F1Max": pixel.F1Max,
+    "pixel_AUPRO": pixel.AUPRO,
+    "pixel_AUPRO_per_image": pixel.AUPROPerImage,
+}
+MEAN_OF_SEVEN = "mAD"
+NAMES = [*_IMAGE, *_PIXEL, MEAN_OF_SEVEN]
+
+
+def check_metric(name: str, where: str) -> None:
+    """Check the name of a metric.
+
+    Raises:
+        ValueError: If there is none of this name. The message lists those that there are.
+    """
+    if name not in NAMES:
+        msg = f"{where} must be one of {', '.join(NAMES)}, got {name!r}."
+        raise ValueError(msg)
+
+
+def evaluator_of(names: Iterable[str]) -> GroupEvaluator:
+    """An evaluator that has these metrics, and those that `mAD` is the mean of where it is among them."""
+    wanted = dict.fromkeys(part for name in names for part in (MAD_METRICS if name == MEAN_OF_SEVEN else [name]))
+    return GroupEvaluator(test_metrics=[_metric(name) for name in wanted])
+
+
+def _metric(name: str) -> AnomalibMetric:
+    if name in _IMAGE:
+        return _IMAGE[name](fields=_SCORES, prefix="image_")
+    return _PIXEL[name](prefix="pixel_", strict=False)
