@@ -1,4 +1,8 @@
-"""One annotated defect of a test image, as MVTec LOCO's evaluation counts it."""
+"""One annotated defect of a test image, as MVTec LOCO's evaluation counts it.
+
+A data set of such images has a method ``defects``, which reads those of an image by its path: see
+:meth:`~anomalib_pack.data.MVTecLocoDataset.defects`. Others have none, or ``None`` in its place.
+"""
 
 from typing import NamedTuple
 

@@ -13,12 +13,13 @@ Map::
     multi_category.py   several categories of any data set for one model, group by category, from
         categories.py       where categories come from
         joined.py           one dataset made of those of the categories
-    mvtec_loco.py       MVTec LOCO, groups logical and structural
+    mvtec_loco.py       MVTec LOCO, groups logical and structural, from
+        defects_config.py   the defects of an image, and how much of each has to be found
     predict.py          images without labels
     synthetic_loco.py   a rendered data set in MVTec LOCO's format, from
         tray.py, board.py   what its categories show, and what can be wrong with it
         parts.py            surfaces of small parts
-        defects.py          names of defects, and structural damage
+        defects.py          kinds of defects, and structural damage
         rendering.py        canvas, light and camera
     validation.py       datamodules whose data set has no validation images
     vanished.py         anomalies that a model's resize or crop removes

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from anomalib_pack.data.defects import DAMAGES, Defect, bezier, draw_structural, random_cut
+from anomalib_pack.data.defects import DAMAGES, DefectKind, bezier, draw_structural, random_cut
 from anomalib_pack.data.parts import FUSE_SOCKET, TERMINAL, fuse
 from anomalib_pack.data.rendering import Canvas, blur, photograph, smooth_noise, smooth_step
 
@@ -45,15 +45,15 @@ VARIANTS = (
 
 LOGICAL_DEFECTS = (
     # Finding as much of the place where it belongs as the piece covers is finding all there is to find.
-    Defect("missing_wire", WIRE_WIDTH * (RIGHT - LEFT - (DUCT_RIGHT - DUCT_LEFT)), relative=False),
-    Defect("extra_wire"),
-    Defect("wrong_color"),
+    DefectKind("missing_wire", WIRE_WIDTH * (RIGHT - LEFT - (DUCT_RIGHT - DUCT_LEFT)), relative=False),
+    DefectKind("extra_wire"),
+    DefectKind("wrong_color"),
     # One of the two gives the exchange away.
-    Defect("swapped_wires", 0.5),
-    Defect("missing_fuse"),
-    Defect("swapped_fuses", 0.5),
+    DefectKind("swapped_wires", 0.5),
+    DefectKind("missing_fuse"),
+    DefectKind("swapped_fuses", 0.5),
 )
-STRUCTURAL_DEFECTS = (*(Defect(name) for name in DAMAGES), Defect("bare_wire"), Defect("broken_terminal"))
+STRUCTURAL_DEFECTS = (*(DefectKind(name) for name in DAMAGES), DefectKind("bare_wire"), DefectKind("broken_terminal"))
 
 
 @dataclass

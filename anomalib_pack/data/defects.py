@@ -11,7 +11,7 @@ from anomalib_pack.data.rendering import Canvas, smooth_noise, smooth_step
 
 
 @dataclass(frozen=True)
-class Defect:
+class DefectKind:
     """A kind of defect, as ``defects_config.json`` lists it.
 
     ``saturation`` is how much of the mask a detector has to find to have found all: a share of the mask's area if
@@ -23,7 +23,7 @@ class Defect:
     relative: bool = True
 
 
-def draw_structural(defects: Sequence[Defect], rng: np.random.Generator) -> list[str]:
+def draw_structural(defects: Sequence[DefectKind], rng: np.random.Generator) -> list[str]:
     """Draw the names of the structural defects of one image: one, or in three of ten images two different ones."""
     names = [defect.name for defect in defects]
     return rng.choice(names, size=rng.choice([1, 2], p=[0.7, 0.3]), replace=False).tolist()

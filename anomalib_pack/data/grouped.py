@@ -41,7 +41,8 @@ class GroupedImageItem(ImageItem):
     """One image and the group it belongs to.
 
     ``group`` is a name, or the empty string for an image that belongs to every group: the normal test images of MVTec
-    LOCO are the negatives of the logical and of the structural anomalies alike. ``None`` means that groups are not in
+    LOCO are the negatives of the logical and of the structural anomalies alike. With several categories it is the start
+    of the names of all groups that the image belongs to, ``"pushpins/"``. ``None`` means that groups are not in
     use. Within one dataset either every image has a group or none has: Anomalib's ``collate`` takes the fields that
     its first image has.
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -18,7 +19,9 @@ from torchvision.tv_tensors import Mask
 from anomalib_pack.data.first_look import reads_like_anomalib
 from anomalib_pack.data.grouped import GroupedImageBatch, GroupedImageItem
 from anomalib_pack.data.image_files import ReadsImages, check_white_level, read, read_image
+from anomalib_pack.data.masked import sample_of
 from anomalib_pack.data.masks import read_union
+from anomalib_pack.defect import Defect
 
 
 class MultiCategoryDataset(ReadsImages, AnomalibDataset):
@@ -27,10 +30,10 @@ class MultiCategoryDataset(ReadsImages, AnomalibDataset):
     Where these do nothing but Anomalib's usual reading, images and masks are read by
     :func:`~anomalib_pack.data.image_files.read_image` and :func:`~anomalib_pack.data.masks.read_union`.
 
-    Every item is a :class:`~anomalib_pack.data.GroupedImageItem` whose ``group`` is the category. ``samples`` has the
-    columns that the categories' samples share, and ``group``. A batch has masks for all its images or for none: if some
-    categories have anomalies without masks, those of the others are left out, with a warning. A category without
-    anomalies takes nothing away: its images get empty masks.
+    Every item is a :class:`~anomalib_pack.data.GroupedImageItem` whose ``group`` is the category, or begins with it.
+    ``samples`` has the columns that the categories' samples share, ``category`` and ``group``. A batch has masks for
+    all its images or for none: if some categories have anomalies without masks, those of the others are left out, with
+    a warning. A category without anomalies takes nothing away: its images get empty masks.
 
     Args:
         parts: Dataset of each category.
@@ -38,6 +41,9 @@ class MultiCategoryDataset(ReadsImages, AnomalibDataset):
             Anomalib resolves symbolic links, and names result pictures by what lies below the root of the data.
         white_level: The value that is white in images of more than 8 bits, e.g. 4095 for 12 bits in 16; None for the
             largest of the type.
+        group_by: ``"category"``, or ``"group"`` for the category and the group that its own dataset gives the image,
+            e.g. ``"pushpins/logical_anomalies"``. An image that is of every group there is so in its category,
+            ``"pushpins/"``; one without group there has the category.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class MultiCategoryDataset(ReadsImages, AnomalibDataset):
         parts: dict[str, AnomalibDataset],
         links: dict[str, dict[str, str]],
         white_level: float | None = None,
+        group_by: Literal["category", "group"] = "category",
     ) -> None:
         self.parts = parts
         self.white_level = check_white_level(white_level)
@@ -52,7 +59,7 @@ class MultiCategoryDataset(ReadsImages, AnomalibDataset):
             part.white_level = self.white_level
         self._own_augmentations = {name: part.augmentations for name, part in parts.items()}
         super().__init__()
-        frames = [_part_samples(name, part, links.get(name, {})) for name, part in parts.items()]
+        frames = [_part_samples(name, part, links.get(name, {}), group_by) for name, part in parts.items()]
         # Not through the setter, which would look for each file again.
         self._samples = pd.concat(frames, ignore_index=True, join="inner")
         self._samples.attrs["task"] = _joint_task(parts).value
@@ -65,7 +72,7 @@ class MultiCategoryDataset(ReadsImages, AnomalibDataset):
             ValueError: If the size of a mask is not that of the image, or the mask of an anomalous image is empty.
         """
         sample = self.samples.iloc[index]
-        part = self.parts[sample.group]
+        part = self.parts[sample.category]
         if isinstance(part, ReadsImages):
             item = part[sample.row]
         elif reads_like_anomalib(part):
@@ -84,6 +91,16 @@ class MultiCategoryDataset(ReadsImages, AnomalibDataset):
             mask_path=item.mask_path or "",
             group=sample.group,
         )
+
+    @property
+    def defects(self) -> Callable[[str], list[Defect]] | None:
+        """Reader of the defects of an image, as :meth:`MVTecLocoDataset.defects`; None if a category has none."""
+        return self._defects if all(getattr(part, "defects", None) for part in self.parts.values()) else None
+
+    def _defects(self, image_path: str) -> list[Defect]:
+        sample = sample_of(self.samples, image_path)
+        part = self.parts[sample.category]
+        return part.defects(part.samples.iloc[sample.row].image_path)
 
     @property
     def augmentations(self) -> Transform | None:
@@ -121,11 +138,14 @@ def _read_item(part: AnomalibDataset, sample: pd.Series) -> ImageItem:
     )
 
 
-def _part_samples(category: str, part: AnomalibDataset, links: dict[str, str]) -> DataFrame:
+def _part_samples(category: str, part: AnomalibDataset, links: dict[str, str], group_by: str) -> DataFrame:
     """Samples of a category with its name, and with the position of each image in the category's dataset."""
     # From a missing path pandas 3 makes NaN, which the items refuse.
     part.samples["mask_path"] = part.samples["mask_path"].fillna("")
-    samples = part.samples.assign(group=category, row=range(len(part)))
+    groups = category
+    if group_by == "group" and "group" in part.samples:
+        groups = f"{category}/" + part.samples["group"]
+    samples = part.samples.assign(category=category, group=groups, row=range(len(part)))
     for folder, link in links.items():
         if folder != link:
             samples["image_path"] = [

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from anomalib.data.datasets.base import AnomalibDataset
 from anomalib.data.utils import LabelName, Split
-from pandas import DataFrame
+from pandas import DataFrame, Series
 from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Mask
 
@@ -67,6 +67,19 @@ class MaskedImageDataset(ReadsImages, AnomalibDataset):
     def collate_fn(self) -> Callable:
         """The collate function, which keeps the groups."""
         return GroupedImageBatch.collate
+
+
+def sample_of(samples: DataFrame, image_path: str) -> Series:
+    """Row of an image.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    rows = samples[samples.image_path == image_path]
+    if rows.empty:
+        msg = f"{image_path} is no image of the data set."
+        raise ValueError(msg)
+    return rows.iloc[0]
 
 
 def make_mvtec_samples(

@@ -3,7 +3,7 @@
 The datamodule wraps one datamodule per category::
 
     prepare_data    data set or categories that are missing: each category's own prepare_data
-    setup           each category's own images and splits --join--> train, val and test data with the category as group
+    setup           each category's own images and splits --join--> train, val and test data, group by category
                     stock evaluator of the model -> GroupEvaluator
 """
 
@@ -38,9 +38,11 @@ class MultiCategory(LooksAtFiles, ReportsVanished, OptionalValidation, AnomalibD
     """Several categories of a data set for one model, with metrics per category.
 
     Training images of all categories are shuffled together, each as likely as any other; the model is not told the
-    category. Batches are :class:`~anomalib_pack.data.GroupedImageBatch` with the category as ``group``, by which
-    :class:`~anomalib_pack.metrics.GroupEvaluator` reports metrics. A model with Anomalib's own ``Evaluator`` gets a
-    ``GroupEvaluator`` with the same metrics and what is missing of ``default_test_metrics``; any other is left alone.
+    category. Batches are :class:`~anomalib_pack.data.GroupedImageBatch` with a ``group``, by which
+    :class:`~anomalib_pack.metrics.GroupEvaluator` reports metrics: the category, or with ``group_by="group"`` the
+    category and the group of its own data set, as ``pushpins/logical_anomalies``. A model with Anomalib's own
+    ``Evaluator`` gets a ``GroupEvaluator`` with the same metrics and what is missing of ``default_test_metrics``; any
+    other is left alone.
 
     ``name`` is the name of the folder that all images lie below. Anomalib keeps what follows it of an image's path in
     the path of the result picture.
@@ -67,6 +69,8 @@ class MultiCategory(LooksAtFiles, ReportsVanished, OptionalValidation, AnomalibD
         dataset_args: Further arguments of the wrapped datamodule, e.g. ``{"resolution": 512}`` for Real-IAD.
         white_level: The value that is white in images of more than 8 bits, e.g. 4095 for 12 bits in 16; None for the
             largest of the type.
+        group_by: What metrics are reported for: ``"category"``, or ``"group"`` for the groups that the wrapped
+            datamodule has within each category, e.g. logical and structural anomalies of MVTec LOCO.
 
     Raises:
         ValueError: If an argument is not possible, or ``Folder`` datamodules have equal names or no common folder.
@@ -96,7 +100,11 @@ class MultiCategory(LooksAtFiles, ReportsVanished, OptionalValidation, AnomalibD
         seed: int | None = None,
         dataset_args: dict[str, Any] | None = None,
         white_level: float | None = None,
+        group_by: Literal["category", "group"] = "category",
     ) -> None:
+        if group_by not in {"category", "group"}:
+            msg = f"group_by must be 'category' or 'group', got {group_by!r}."
+            raise ValueError(msg)
         super().__init__(
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,
@@ -138,6 +146,7 @@ class MultiCategory(LooksAtFiles, ReportsVanished, OptionalValidation, AnomalibD
             self._source = FolderCategories(dataset, splits)
         self.root = Path(self._source.root)
         self.white_level = check_white_level(white_level)
+        self.group_by = group_by
 
     @property
     def name(self) -> str:
@@ -182,7 +191,7 @@ class MultiCategory(LooksAtFiles, ReportsVanished, OptionalValidation, AnomalibD
 
     def _join(self, datasets: dict[str, AnomalibDataset]) -> MultiCategoryDataset:
         links = {category: self._links(category, dataset) for category, dataset in datasets.items()}
-        return MultiCategoryDataset(datasets, links, self.white_level)
+        return MultiCategoryDataset(datasets, links, self.white_level, self.group_by)
 
     def _links(self, category: str, dataset: AnomalibDataset) -> dict[str, str]:
         """Folders of the category's images as Anomalib has them, and the paths of the same folders below the root."""

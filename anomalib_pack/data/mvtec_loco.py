@@ -18,10 +18,12 @@ from anomalib.utils.path import resolve_dataset_root
 from pandas import DataFrame
 from torchvision.transforms.v2 import Transform
 
+from anomalib_pack.data.defects_config import CONFIG, read_defects
 from anomalib_pack.data.first_look import LooksAtFiles
 from anomalib_pack.data.image_files import check_white_level, list_images, list_split
-from anomalib_pack.data.masked import MaskedImageDataset
+from anomalib_pack.data.masked import MaskedImageDataset, sample_of
 from anomalib_pack.data.vanished import ReportsVanished
+from anomalib_pack.defect import Defect
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,23 @@ class MVTecLocoDataset(MaskedImageDataset):
     def mask_files(mask_path: Path) -> list[Path]:
         """List the files in the folder of masks, one per defect."""
         return list_images(mask_path, IMG_EXTENSIONS)
+
+    def defects(self, image_path: str) -> list[Defect]:
+        """Read the defects of an image, one for each of its masks; none if it is normal.
+
+        Args:
+            image_path: Path of the image, as ``samples`` has it.
+
+        Raises:
+            OSError: If ``defects_config.json``, which lies in the folder of the category, is missing, or a file cannot
+                be read.
+            ValueError: If the configuration contradicts itself or a mask; the message names the file and the pixel
+                value.
+        """
+        mask_path = sample_of(self.samples, image_path).mask_path
+        if not mask_path:
+            return []
+        return read_defects(self.root_category / CONFIG, self.mask_files(Path(mask_path)), image_path)
 
 
 def make_dataset(root_category: Path, split: str | Split | None = None) -> DataFrame:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anomalib_pack.data.defects import DAMAGES, Defect, draw_structural, random_cut
+from anomalib_pack.data.defects import DAMAGES, DefectKind, draw_structural, random_cut
 from anomalib_pack.data.parts import CAP, CLIP, NUT, PLUG, SCREW, WASHER, Part
 from anomalib_pack.data.rendering import Canvas, photograph, smooth_noise, smooth_step
 
@@ -25,13 +25,13 @@ KIT = ((WASHER, 4), (SCREW, 2), (CAP, 4), (PLUG, 3), (NUT, 4), (CLIP, 3))
 
 LOGICAL_DEFECTS = (
     # Finding as much of the empty floor as one part covers is finding all there is to find.
-    *(Defect(f"missing_{part.name}", part.area, relative=False) for part, _ in KIT),
-    *(Defect(f"extra_{part.name}") for part, _ in KIT),
-    *(Defect(f"wrong_{part.name}") for part, _ in KIT),
+    *(DefectKind(f"missing_{part.name}", part.area, relative=False) for part, _ in KIT),
+    *(DefectKind(f"extra_{part.name}") for part, _ in KIT),
+    *(DefectKind(f"wrong_{part.name}") for part, _ in KIT),
     # One of the two compartments gives the swap away.
-    Defect("swapped_compartments", 0.5),
+    DefectKind("swapped_compartments", 0.5),
 )
-STRUCTURAL_DEFECTS = (*(Defect(name) for name in DAMAGES), Defect("broken_part"))
+STRUCTURAL_DEFECTS = (*(DefectKind(name) for name in DAMAGES), DefectKind("broken_part"))
 
 
 @dataclass

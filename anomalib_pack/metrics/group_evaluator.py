@@ -2,14 +2,15 @@
 
 Each metric is computed by its own class on fields of the test batches that are stored once::
 
-    on_test_batch_end   fields of the batch -> store
+    on_test_batch_end   fields of the batch -> store; for metrics at the original size, the map before post-processing
     on_test_epoch_end   for overall and each group, for each metric: fresh copy, update with the subset, compute, log
     teardown            print the table, which thus comes after Lightning's
 """
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import torch
 from anomalib.data import Batch, MVTecLOCO
 from anomalib.metrics import AUROC, AnomalibMetric, F1Max, F1Score
 from anomalib.metrics.evaluator import Evaluator
+from anomalib.post_processing import PostProcessor
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -30,8 +32,17 @@ from torch import distributed as dist
 
 from anomalib_pack.files import replace_file
 from anomalib_pack.metrics import image, pixel
+from anomalib_pack.metrics.original_size import (
+    ORIGINAL_FIELDS,
+    KeepsRawMaps,
+    NotWholeError,
+    Original,
+    Originals,
+    check_whole_image,
+)
 from anomalib_pack.metrics.roc import RocCorners
-from anomalib_pack.metrics.samples import copied, select, unpadded_count
+from anomalib_pack.metrics.samples import belongs, copied, names_group, select, unpadded_count
+from anomalib_pack.metrics.spro import LIMITS, image_auroc, published_result
 
 EVERY_GROUP = ""  # Group of the images that belong to every group.
 
@@ -43,9 +54,10 @@ MAD_METRICS = (
 
 
 def default_test_metrics() -> list[AnomalibMetric]:
-    """AUROC, AP, F1-max and F1 score of images and pixels, and the pixel AUPRO.
+    """AUROC, AP, F1-max and F1 score of images and pixels, the pixel AUPRO, and AUC-sPRO.
 
-    Pixel metrics are left out for data without masks.
+    Pixel metrics are left out for data without masks, and AUC-sPRO for data that does not tell defects apart, as MVTec
+    LOCO does.
     """
     scores, maps = ["pred_score", "gt_label"], ["anomaly_map", "gt_mask"]
     return [
@@ -58,6 +70,7 @@ def default_test_metrics() -> list[AnomalibMetric]:
         pixel.F1Max(fields=maps, prefix="pixel_", strict=False),
         F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_", strict=False),
         pixel.AUPRO(fields=maps, prefix="pixel_", strict=False),
+        pixel.SPRO(prefix="pixel_", strict=False),
     ]
 
 
@@ -72,6 +85,12 @@ class GroupEvaluator(Evaluator):
     What does not exist is left out with a warning: a group without normal or without anomalous images; in a test set
     without normal ones the overall metrics of labels, without anomalous ones those of masks too.
 
+    :class:`pixel.SPRO` is computed at the size of the image files, because a saturation area counts their pixels. With
+    it and MVTec LOCO's groups, ``<category>_metrics.json`` is written beside the table in the format of the published
+    evaluation, where the score of an image is the maximum of its map at that size. Without ``strict`` it is left out
+    for data that does not tell defects, and with a warning where ``defects_config.json`` is missing or the model does
+    not see whole images.
+
     ``mAD`` is the unweighted mean of AUROC, AP and F1-max of images and pixels and the pixel AUPRO, by their names in
     ``default_test_metrics``; without one of them it is not reported.
 
@@ -80,13 +99,18 @@ class GroupEvaluator(Evaluator):
             are predicted in tests only.
         test_metrics: Test metrics; None means :func:`default_test_metrics`.
         compute_on_cpu: Keep the stored fields in main memory; without effect with several devices, as in Anomalib.
-        group_by: ``"group"`` uses the batch's field of that name, with one string per image, and ``""`` for images
-            that belong to every group; batches without it have no groups. ``"folder"`` uses the name of the folder of
+        group_by: ``"group"`` uses the batch's field of that name, with one string per image: ``""`` for images that
+            belong to every group, ``"pushpins/"`` for those of every group whose name starts so; batches without it
+            have no groups. ``"folder"`` uses the name of the folder of
             anomalous images, which is the type of defect in MVTec AD; normal images belong to every group.
+        map_size: Size of the maps and masks of test metrics. ``"input"``: that of the model's input, as in batches.
+            ``"original"``: that of the image files. Maps are then the model's own, before they are normalised, resized
+            bilinearly, and masks those of the files, which the ``samples`` of the data set tell.
 
     Raises:
-        ValueError: If ``group_by`` is neither of the two, two metrics have one name, or a validation metric needs
-            labels or masks that are predicted.
+        ValueError: If ``group_by`` or ``map_size`` is none of those, two metrics have one name, or a validation metric
+            needs labels or masks that are predicted. In a test at the original size, if the data set has no ``samples``
+            or the maps do not show whole images, because the pre-processor crops.
 
     Example:
         >>> from anomalib.models import Patchcore
@@ -100,10 +124,10 @@ class GroupEvaluator(Evaluator):
         test_metrics: AnomalibMetric | Sequence[AnomalibMetric] | None = None,
         compute_on_cpu: bool = True,
         group_by: Literal["group", "folder"] = "group",
+        map_size: Literal["input", "original"] = "input",
     ) -> None:
-        if group_by not in {"group", "folder"}:
-            msg = f"group_by must be 'group' or 'folder', got {group_by!r}."
-            raise ValueError(msg)
+        _check_choice("group_by", group_by, ("group", "folder"))
+        _check_choice("map_size", map_size, ("input", "original"))
         super().__init__(val_metrics, compute_on_cpu=compute_on_cpu)
         _check_fields(self.val_metrics)
         # A plain list in place of the module list: AUPRO's buffer would enter checkpoints, which then could be loaded
@@ -113,19 +137,71 @@ class GroupEvaluator(Evaluator):
         for kind, metrics in (("val_metrics", self.val_metrics), ("test_metrics", self.test_metrics)):
             _check_names(kind, [metric.name for metric in metrics])
         self.group_by = group_by
+        self.map_size = map_size
+        self._metrics: list[AnomalibMetric] = []  # those of test_metrics that the running test computes
+        self._originals: list[Originals] = []  # of each loader, if there are metrics at the original size
+        self._raw = KeepsRawMaps()
+        self._post_processor: PostProcessor | None = None
         self._store: list[SimpleNamespace] = []
+        self._areas: dict[str, dict[float, float]] = {}  # AUC-sPRO of all limits by group
         self._table: Table | None = None
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier run that was cut short."""
-        del pl_module
+        """Forget an earlier run that was cut short, and find the files of the images if they are needed."""
         if type(trainer.datamodule) is MVTecLOCO:
             rank_zero_warn(
                 "Anomalib's MVTecLOCO does not tell the groups of anomalies: metrics are reported for all images "
                 "together. MVTecLoco, with small letters, reads the same folder and reports each group."
             )
         self._store.clear()
+        self._areas.clear()
         self._table = None
+        self._find_originals(trainer, pl_module)
+
+    def _find_originals(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the metrics of this test, and find the files of images if one is computed at the original size."""
+        loaders = trainer.test_dataloaders
+        datasets = [getattr(each, "dataset", None) for each in (loaders if isinstance(loaders, list) else [loaders])]
+        self._metrics = [
+            metric
+            for metric in self.test_metrics
+            if "defects" not in metric.fields or self._can_count_defects(metric, pl_module, datasets)
+        ]
+        self._originals = []
+        if any(map(self._is_at_original_size, self._metrics)):
+            self._originals = [Originals(dataset) for dataset in datasets]
+            for dataset in datasets:
+                check_whole_image(pl_module, dataset)
+            self._post_processor = getattr(pl_module, "post_processor", None)
+            # A new list, because the trainer is on its way through this one; in front of the post-processor.
+            others = [callback for callback in trainer.callbacks if callback is not self._raw]
+            trainer.callbacks = [self._raw, *others]
+
+    def _can_count_defects(self, metric: AnomalibMetric, pl_module: LightningModule, datasets: Sequence) -> bool:
+        """Whether a metric of defects can be computed; it is an error if it cannot, but must."""
+        has_defects = all(getattr(dataset, "defects", None) is not None for dataset in datasets)
+        if not has_defects and not metric.strict:
+            return False
+        try:
+            if not has_defects:
+                msg = (
+                    f"{metric.name} needs a data set that tells the defects of its images, as MVTecLoco and "
+                    "SyntheticLoco do."
+                )
+                raise ValueError(msg)
+            for dataset in datasets:
+                check_whole_image(pl_module, dataset)
+                Originals(dataset).check_defects()
+        except (FileNotFoundError, NotWholeError) as error:
+            if metric.strict:
+                raise
+            rank_zero_warn(f"{metric.name} is left out. {error}")
+            return False
+        return True
+
+    def _is_at_original_size(self, metric: AnomalibMetric) -> bool:
+        fields = ORIGINAL_FIELDS if self.map_size == "original" else ("defects",)
+        return not set(fields).isdisjoint(metric.fields)
 
     def on_test_batch_end(
         self,
@@ -141,10 +217,29 @@ class GroupEvaluator(Evaluator):
             super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
             return
         count = unpadded_count(trainer.test_dataloaders, batch_idx, dataloader_idx)
-        fields = {field for metric in self.test_metrics for field in metric.fields} | {"gt_label"}
-        samples = copied(select(batch, fields, slice(count)), self._store_device(trainer, pl_module))
+        fields = {field for metric in self._metrics for field in self._batch_fields(metric)} | {"gt_label"}
+        device = self._store_device(trainer, pl_module)
+        samples = copied(select(batch, fields, slice(count)), device)
         samples.group = self._groups(batch)[:count]
+        if self._originals:
+            samples.originals = self._read_originals(batch.image_path[:count], dataloader_idx, device)
         self._store.append(samples)
+
+    def _batch_fields(self, metric: AnomalibMetric) -> list[str]:
+        """Fields of a metric that are taken from batches."""
+        if not self._is_at_original_size(metric):
+            return list(metric.fields)
+        return [field for field in metric.fields if field not in ORIGINAL_FIELDS]
+
+    def _read_originals(self, paths: Sequence[str], dataloader_idx: int, device: torch.device) -> list[Original]:
+        """The images of a batch, with what the metrics at the original size need."""
+        if self._raw.maps is None:
+            msg = "Metrics at the original size need a model that gives anomaly maps."
+            raise ValueError(msg)
+        fields = {field for metric in self._metrics if self._is_at_original_size(metric) for field in metric.fields}
+        files = self._originals[dataloader_idx]
+        maps = self._raw.maps[: len(paths)].to(device)
+        return [files.read(path, raw.clone(), fields) for path, raw in zip(paths, maps, strict=True)]
 
     def _store_device(self, trainer: Trainer, pl_module: LightningModule) -> torch.device:
         """Where fields are kept; collective operations may need them on the accelerator."""
@@ -164,10 +259,11 @@ class GroupEvaluator(Evaluator):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute, log, print and write the metrics."""
         labels = self._labels(trainer)
-        groups = [group for group in sorted(labels.keys() - {EVERY_GROUP}) if _has_both_labels(group, labels)]
+        groups = [group for group in sorted(filter(names_group, labels)) if _has_both_labels(group, labels)]
         device = self._store_device(trainer, pl_module)
-        existing = _existing(self.test_metrics, set().union(*labels.values()))
+        existing = _existing(self._metrics, set().union(*labels.values()))
         rows = {group: with_mad(self._values(existing, group, device)) for group in ("", *groups)}
+        results = self._published_results(trainer)
         self._store.clear()
         if groups:
             rows["mean"] = mean_row([rows[group] for group in groups])
@@ -175,6 +271,9 @@ class GroupEvaluator(Evaluator):
         if groups and trainer.is_global_zero:
             self._table = rich_table(rows)
             write_csv(rows, Path(trainer.default_root_dir) / "metrics.csv")
+            for category, result in results.items():
+                text = json.dumps(result, indent=4)
+                _write(Path(trainer.default_root_dir) / f"{category}_metrics.json", text)
 
     def _labels(self, trainer: Trainer) -> dict[str, set[bool]]:
         """Labels that the images of each group have, counting the images of all processes."""
@@ -194,30 +293,79 @@ class GroupEvaluator(Evaluator):
     def _values(self, metrics: Sequence[AnomalibMetric], group: str, device: torch.device) -> dict[str, float]:
         """Values of the metrics whose fields exist, for a group or for all images."""
         values = {}
-        curves: dict[tuple[str, ...], RocCorners] = {}
+        curves: dict[tuple, RocCorners] = {}
         for metric in metrics:
-            fields = tuple(metric.fields)
-            if isinstance(metric, pixel.PixelMetric) and fields in curves:
-                # Sorting the pixels is nearly all the work, and need not be done for each metric.
-                values[metric.name] = metric.value(curves[fields])
+            # Sorting the pixels is nearly all the work, and need not be done for each metric.
+            kind = (*metric.fields, getattr(metric, "split", None))
+            if isinstance(metric, pixel.PixelMetric) and kind in curves:
+                values[metric.name] = metric.value(curves[kind])
                 continue
             fresh = self._updated(metric.clone().to(device), group)
             value = fresh.compute()
             if value is not None:
                 values[metric.name] = float(value)
                 if isinstance(fresh, pixel.PixelMetric):
-                    curves[fields] = fresh.curve
+                    curves[kind] = fresh.curve
+                if isinstance(fresh, pixel.SPRO):
+                    self._areas[group] = {limit: fresh.curve.aupro(limit) for limit in LIMITS}
         return values
 
     def _updated(self, metric: AnomalibMetric, group: str) -> AnomalibMetric:
         """The metric, updated with the samples of a group."""
+        batches = self._original_batches if self._is_at_original_size(metric) else self._input_batches
+        for batch in batches(metric, group):
+            metric.update(batch)
+        return metric
+
+    def _input_batches(self, metric: AnomalibMetric, group: str) -> Iterator[SimpleNamespace]:
         members = [_members(samples, group) for samples in self._store]
         updates = [index for index, mask in enumerate(members) if mask.any()]
         # A process without images of the group has to take part in the synchronisation.
         for index in updates or [0]:
             samples, mask = self._store[index], members[index]
-            metric.update(samples if mask.all() else select(samples, metric.fields, mask))
-        return metric
+            yield samples if mask.all() else select(samples, metric.fields, mask)
+
+    def _original_batches(self, metric: AnomalibMetric, group: str) -> Iterator[SimpleNamespace]:
+        """One image at a time, because sizes differ and maps are large."""
+        chosen = [
+            (samples, index)
+            for samples in self._store
+            for index in _members(samples, group).nonzero().flatten().tolist()
+        ]
+        for samples, index in chosen:
+            yield self._original_batch(metric, samples, slice(index, index + 1))
+        if not chosen:  # as above
+            empty = self._original_batch(metric, self._store[0], slice(1))
+            yield select(empty, metric.fields, slice(0))
+
+    def _original_batch(self, metric: AnomalibMetric, samples: SimpleNamespace, which: slice) -> SimpleNamespace:
+        batch = select(samples, self._batch_fields(metric), which)
+        original = samples.originals[which][0]
+        return SimpleNamespace(**vars(batch), **vars(original.batch(metric.fields, self._post_processor)))
+
+    def _published_results(self, trainer: Trainer) -> dict[str, dict]:
+        """Results of MVTec LOCO's categories in the format of the published evaluation, by category."""
+        if not self._areas:
+            return {}
+        images = [
+            (group, bool(label), float(original.anomaly_map().max()))
+            for samples in self._store
+            for group, label, original in zip(samples.group, samples.gt_label, samples.originals, strict=True)
+        ]
+        if trainer.world_size > 1:
+            shares = [[]] * trainer.world_size
+            dist.all_gather_object(shares, images)
+            images = [image for share in shares for image in share]
+        localization, classification = {}, {}
+        for name, areas in self._areas.items():
+            category, _, group = name.rpartition("/")
+            category = category or self._originals[0].dataset.category
+            if group and category:
+                members = [(label, score) for other, label, score in images if belongs(other, name)]
+                labels, scores = zip(*members, strict=True)
+                localization.setdefault(category, {})[group] = areas
+                classification.setdefault(category, {})[group] = image_auroc(torch.tensor(scores), labels)
+        return {name: published_result(areas, classification[name]) for name, areas in localization.items()}
 
     def _log(self, rows: dict[str, dict[str, float]], trainer: Trainer) -> None:
         for group, row in rows.items():
@@ -230,10 +378,17 @@ class GroupEvaluator(Evaluator):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print the table of a test run."""
-        del trainer, pl_module, stage
+        del pl_module, stage
+        trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self._raw]
         if self._table is not None:
             Console().print(self._table)
             self._table = None
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        msg = f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}."
+        raise ValueError(msg)
 
 
 def _check_fields(val_metrics: Iterable[AnomalibMetric]) -> None:
@@ -259,7 +414,7 @@ def _check_names(argument: str, names: Sequence[str]) -> None:
 
 
 def _has_both_labels(group: str, labels: dict[str, set[bool]]) -> bool:
-    missing = _missing_labels(labels[group] | labels.get(EVERY_GROUP, set()))
+    missing = _missing_labels(set().union(*(found for name, found in labels.items() if belongs(name, group))))
     for kind in missing:
         rank_zero_warn(f"Group {group!r} has no {kind} test images: its metrics do not exist and are left out.")
     return not missing
@@ -272,7 +427,7 @@ def _existing(metrics: Sequence[AnomalibMetric], labels: set[bool]) -> list[Anom
     """
     existing = list(metrics)
     for kind in _missing_labels(labels):
-        truths = {"gt_label", "gt_mask"} if kind == "anomalous" else {"gt_label"}
+        truths = {"gt_label", "gt_mask", "defects"} if kind == "anomalous" else {"gt_label"}
         left_out = [metric.name for metric in existing if truths.intersection(metric.fields)]
         existing = [metric for metric in existing if metric.name not in left_out]
         rank_zero_warn(f"There are no {kind} test images: {', '.join(left_out)} do not exist and are left out.")
@@ -285,7 +440,7 @@ def _missing_labels(labels: set[bool]) -> list[str]:
 
 def _members(samples: SimpleNamespace, group: str) -> Tensor:
     """Mask of shape (B,): which samples belong to the group; to the group "" belong all."""
-    return torch.tensor([group in {"", name} or name == EVERY_GROUP for name in samples.group], dtype=torch.bool)
+    return torch.tensor([belongs(name, group) for name in samples.group], dtype=torch.bool)
 
 
 def with_mad(row: dict[str, float]) -> dict[str, float]:
@@ -334,7 +489,11 @@ def write_csv(rows: dict[str, dict[str, float]], path: Path) -> None:
     writer = csv.DictWriter(text, ["group", *rows[""]])
     writer.writeheader()
     writer.writerows({"group": group or "overall"} | row for group, row in rows.items())
+    _write(path, text.getvalue())
+
+
+def _write(path: Path, text: str) -> None:
     try:
-        replace_file(path, text.getvalue().encode())
+        replace_file(path, text.encode())
     except OSError as error:
         rank_zero_warn(error.strerror)

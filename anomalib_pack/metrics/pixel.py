@@ -8,7 +8,7 @@ Differences from Anomalib's and torchmetrics' classes:
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -20,18 +20,19 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
-from anomalib_pack.metrics.roc import RocCorners, roc_corners
+from anomalib_pack.defect import Defect
+from anomalib_pack.metrics.roc import RocCorners, check_limit, merged, roc_corners
+from anomalib_pack.metrics.spro import DEFAULT_LIMIT, weigh
 
-CHUNK = 2**22  # Pixels copied at a time: 16 MB.
 DEFAULT_FPR_LIMIT = 0.3  # of AUPRO, as in MVTec AD's evaluation
 
 
 class _PixelMetric(Metric):
-    """Maps and masks of all batches, and the curve that all pixel metrics are read off.
+    """Pixels of all batches, and the curve that the pixel metrics are read off.
 
-    The states refer to the maps and masks that they are updated with. Computing takes 4 bytes per pixel on top, and
-    about 120 per anomalous pixel, on the CPU, where scores can be sorted in place. The states of several processes are
-    gathered as those of any torchmetrics metric, which makes three copies for a while.
+    Each batch adds 4 bytes per pixel, and 16 per anomalous pixel. Computing takes about 120 per anomalous pixel on top,
+    on the CPU, where scores can be sorted in place. The states of several processes are gathered as those of any
+    torchmetrics metric, which makes three copies for a while.
 
     Attributes:
         curve: Set by ``compute``: the corners of the curve that the value was read off.
@@ -41,14 +42,14 @@ class _PixelMetric(Metric):
     higher_is_better = True
     full_state_update = False
 
-    scores: list[Tensor] | Tensor
-    is_anomalous: list[Tensor] | Tensor
-    areas: list[Tensor] | Tensor
+    normal: list[Tensor] | Tensor
+    anomalous: list[Tensor] | Tensor
+    weights: list[Tensor] | Tensor
     curve: RocCorners
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for state in ("scores", "is_anomalous", "areas"):
+        for state in ("normal", "anomalous", "weights"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
@@ -61,33 +62,30 @@ class _PixelMetric(Metric):
         Raises:
             ValueError: If the shapes differ, or a score is NaN.
         """
+        for states, part in zip((self.normal, self.anomalous, self.weights), self.split(preds, target), strict=True):
+            states.append(part)
+
+    @staticmethod
+    def split(preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split pixels into what the curve is made of. Metrics with the same split have one curve.
+
+        Returns:
+            Scores of normal pixels, scores of anomalous ones, and how much each of these adds to the overlaps.
+        """
         scores, masks = _checked(preds, target)
-        self.scores.append(scores.flatten())
-        self.is_anomalous.append(masks.flatten())
-        self.areas.append(region_areas(masks))
+        return scores[~masks], scores[masks], _on(1 / region_areas(masks).cpu().double(), scores.device)
 
     def compute(self) -> Tensor:
         """Value of the metric, a scalar."""
-        normal, anomalous = self._scores_of_both_kinds()
-        for scores, kind in ((normal, "normal"), (anomalous, "anomalous")):
+        # Order is nothing to these states, so what is merged and sorted here takes their place, and nothing is copied.
+        self.normal, self.anomalous, self.weights = (
+            [_merged(states)] for states in (self.normal, self.anomalous, self.weights)
+        )
+        for scores, kind in ((self.normal[0], "normal"), (self.anomalous[0], "anomalous")):
             if not len(scores):
                 rank_zero_warn(f"There are no {kind} pixels: pixel metrics mean nothing.")
-        self.curve = roc_corners(normal, anomalous, dim_zero_cat(self.areas).cpu())
-        del normal  # 4 bytes per pixel, which reading the curve may need.
+        self.curve = roc_corners(self.normal[0], self.anomalous[0], self.weights[0].double())
         return torch.tensor(self.value(self.curve), device=self.device)
-
-    def _scores_of_both_kinds(self) -> tuple[Tensor, Tensor]:
-        """Scores of the normal and of the anomalous pixels, copies on the CPU."""
-        chunks = list(zip(_chunks(self.scores), _chunks(self.is_anomalous), strict=True))
-        anomalous = torch.cat([scores.masked_select(mask) for scores, mask in chunks]).cpu()
-        # Filled, and not concatenated from parts: both would be held at a time.
-        normal = torch.empty(sum(len(scores) for scores, _ in chunks) - len(anomalous))
-        start = 0
-        for scores, mask in chunks:
-            part = scores.masked_select(~mask)
-            normal[start : start + len(part)] = part
-            start += len(part)
-        return normal, anomalous
 
     @abstractmethod
     def value(self, curve: RocCorners) -> float:
@@ -99,9 +97,24 @@ class PixelMetric(AnomalibMetric, _PixelMetric):
 
     default_fields = ("anomaly_map", "gt_mask")
 
+    def _set_limit(self, fpr_limit: float, default: float) -> None:
+        """Set a false positive rate, which is part of the name if it is not the default."""
+        check_limit(fpr_limit)
+        self.fpr_limit = fpr_limit
+        if fpr_limit != default:
+            self.name = f"{self.name}_{fpr_limit:g}"
+
 
 class AUROC(PixelMetric):
     """Area under the ROC curve of all pixels; 0 if all pixels are of one kind, as in torchmetrics.
+
+    Args:
+        fpr_limit: False positive rate, in (0, 1], up to which the area counts; it is divided by the rate. A limit below
+            1 is part of the metric's name (``pixel_AUROC_0.05``).
+        **kwargs: Arguments of ``AnomalibMetric``.
+
+    Raises:
+        ValueError: If ``fpr_limit`` is not in (0, 1].
 
     Example:
         >>> from types import SimpleNamespace
@@ -113,9 +126,13 @@ class AUROC(PixelMetric):
         tensor(0.7500)
     """
 
+    def __init__(self, fpr_limit: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._set_limit(fpr_limit, 1.0)
+
     def value(self, curve: RocCorners) -> float:
         """Read the metric off the curve."""
-        return curve.auroc()
+        return curve.auroc(self.fpr_limit)
 
 
 class AP(PixelMetric):
@@ -149,13 +166,65 @@ class AUPRO(PixelMetric):
     """
 
     def __init__(self, fpr_limit: float = DEFAULT_FPR_LIMIT, **kwargs: Any) -> None:
-        if not 0 < fpr_limit <= 1:
-            msg = f"fpr_limit must be in (0, 1], got {fpr_limit}."
-            raise ValueError(msg)
         super().__init__(**kwargs)
-        self.fpr_limit = fpr_limit
-        if fpr_limit != DEFAULT_FPR_LIMIT:
-            self.name = f"{self.name}_{fpr_limit:g}"
+        self._set_limit(fpr_limit, DEFAULT_FPR_LIMIT)
+
+    def value(self, curve: RocCorners) -> float:
+        """Read the metric off the curve."""
+        return curve.aupro(self.fpr_limit)
+
+
+class SPRO(PixelMetric):
+    """AUC-sPRO of MVTec LOCO AD: area under the curve of mean saturated overlap with defects, normalised.
+
+    The saturated overlap with a defect is the share of its saturation area that is found, and 1 from there on.
+    Normal are the pixels that are free of all defects. Values of all limits, and of kinds of defects, are in
+    :mod:`anomalib_pack.metrics.spro`.
+
+    Args:
+        fpr_limit: False positive rate, in (0, 1], up to which the area counts; it is divided by the rate. A limit other
+            than the default is part of the metric's name (``pixel_SPRO_0.3``).
+        **kwargs: Arguments of ``AnomalibMetric``.
+
+    Raises:
+        ValueError: If ``fpr_limit`` is not in (0, 1].
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> mask = torch.tensor([[False, True, True, True, False]])
+        >>> maps = torch.tensor([[[0.1, 0.3, 0.2, 0.9, 0.4]]])
+        >>> batch = SimpleNamespace(anomaly_map=maps, defects=[[Defect("hole", mask, saturation_area=1)]])
+        >>> metric = SPRO()
+        >>> metric.update(batch)
+        >>> metric.compute()
+        tensor(1.)
+    """
+
+    default_fields = ("anomaly_map", "defects")
+
+    def __init__(self, fpr_limit: float = DEFAULT_LIMIT, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._set_limit(fpr_limit, DEFAULT_LIMIT)
+
+    @staticmethod
+    def split(preds: Tensor, target: Sequence[Sequence[Defect]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Split pixels into what the curve is made of.
+
+        Args:
+            preds: Anomaly maps of the size of the image files, shape (B, 1, H, W) or (B, H, W), of any range.
+            target: Defects of each image.
+
+        Returns:
+            Scores of normal pixels, scores of those that are counted for defects, and how much each of these adds.
+
+        Raises:
+            ValueError: If the size of a map is not that of its defects, or a score is NaN.
+        """
+        scores = _checked_scores(preds)
+        parts = [weigh(image, found) for image, found in zip(scores, target, strict=True)]
+        empty = scores.new_empty(0)
+        normal, counted, weights = zip((empty, empty, torch.empty(0)), *parts, strict=True)
+        return torch.cat(normal), torch.cat(counted), _on(torch.cat(weights).double(), scores.device)
 
     def value(self, curve: RocCorners) -> float:
         """Read the metric off the curve."""
@@ -236,19 +305,24 @@ def _checked(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If the shapes differ, or a score is NaN.
     """
-    scores, is_anomalous = _without_channel(maps).float(), _without_channel(masks).bool()
+    scores, is_anomalous = _checked_scores(maps), _without_channel(masks).bool()
     if scores.shape != is_anomalous.shape or scores.ndim != 3:
         msg = f"Maps and masks must have one shape (B, H, W), got {tuple(maps.shape)} and {tuple(masks.shape)}."
-        raise ValueError(msg)
-    if scores.isnan().any():
-        msg = f"{int(scores.isnan().sum())} of {scores.numel()} pixel scores are NaN, which has no rank."
         raise ValueError(msg)
     return scores, is_anomalous
 
 
+def _checked_scores(maps: Tensor) -> Tensor:
+    scores = _without_channel(maps).float()
+    if scores.isnan().any():
+        msg = f"{int(scores.isnan().sum())} of {scores.numel()} pixel scores are NaN, which has no rank."
+        raise ValueError(msg)
+    return scores
+
+
 def _curve(image: Tensor, mask: Tensor) -> RocCorners:
     """Curve of a single image: map and mask of shape (H, W) on the CPU."""
-    return roc_corners(image[~mask], image[mask], region_areas(mask.unsqueeze(0)))
+    return roc_corners(*PixelMetric.split(image.unsqueeze(0), mask.unsqueeze(0)))
 
 
 def region_areas(masks: Tensor) -> Tensor:
@@ -269,10 +343,14 @@ def region_areas(masks: Tensor) -> Tensor:
     return torch.cat(areas).to(masks.device)
 
 
-def _chunks(state: list[Tensor] | Tensor) -> Iterator[Tensor]:
-    """Parts of a state, which is one tensor after gathering."""
-    for part in [state] if isinstance(state, Tensor) else state:
-        yield from part.split(CHUNK)
+def _merged(state: list[Tensor] | Tensor) -> Tensor:
+    """Parts of a state as one tensor on the CPU; after gathering, a state is one already."""
+    return merged(state) if isinstance(state, list) else state.cpu()
+
+
+def _on(weights: Tensor, device: torch.device) -> Tensor:
+    """Weights on a device; MPS has no float64."""
+    return weights.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
 def _without_channel(values: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ class RocCorners:
         false_positives: Normal pixels at or above the threshold, shape (V,), integer.
         true_positives: Anomalous pixels at or above the threshold, shape (V,), integer.
         regions: Overlaps with the regions, added up over regions, shape (V,), float64. The overlap with a region is
-            the share of its pixels that are at or above the threshold.
+            the share of its pixels that are at or above the threshold; with a defect's saturation area, of as many of
+            its pixels as that is, the highest.
     """
 
     false_positives: Tensor
@@ -46,10 +47,15 @@ class RocCorners:
         """Number of anomalous pixels."""
         return int(self.true_positives[-1])
 
-    def auroc(self) -> float:
-        """Area under the ROC curve; 0 if there are no anomalous or no normal pixels, as in torchmetrics."""
+    def auroc(self, fpr_limit: float = 1.0) -> float:
+        """Area under the ROC curve up to a false positive rate in (0, 1], divided by that rate.
+
+        It is 0 if there are no anomalous or no normal pixels, as in torchmetrics.
+        """
         if not self.num_anomalous or not self.num_normal:
             return 0.0
+        if fpr_limit < 1:
+            return self._area(self.true_positives.double(), fpr_limit)
         # Twice the area, in integers: exact to 4e18 pairs of a normal and an anomalous pixel.
         area = (self.false_positives.diff() * (self.true_positives[1:] + self.true_positives[:-1])).sum()
         return int(area) / (2 * self.num_anomalous * self.num_normal)
@@ -76,34 +82,49 @@ class RocCorners:
         """
         if not self.num_anomalous or not self.num_normal:
             return 0.0
+        return self._area(self.regions, fpr_limit)
+
+    def _area(self, heights: Tensor, fpr_limit: float) -> float:
+        """Area under heights of the corners, shape (V,), up to a false positive rate, as a share of the largest."""
         limit = fpr_limit * self.num_normal
         inside = int((self.false_positives <= limit).sum())
-        fp, regions = self.false_positives[:inside].double(), self.regions[:inside]
-        area = float(torch.trapezoid(regions, fp))
-        if inside < len(self.regions):  # The part from the last corner inside to the limit.
+        fp, below = self.false_positives[:inside].double(), heights[:inside]
+        area = float(torch.trapezoid(below, fp))
+        if inside < len(heights):  # The part from the last corner inside to the limit.
             fp_step = float(self.false_positives[inside] - fp[-1])
-            slope = float(self.regions[inside] - regions[-1]) / fp_step
+            slope = float(heights[inside] - below[-1]) / fp_step
             width = limit - float(fp[-1])
-            area += width * (float(regions[-1]) + slope * width / 2)
-        return area / limit / float(self.regions[-1])
+            area += width * (float(below[-1]) + slope * width / 2)
+        return area / limit / float(heights[-1])
 
     def _at_thresholds(self) -> tuple[Tensor, Tensor]:
         """True and false positives at each anomalous score, shape (K,) both."""
         return self.true_positives[2::2], self.false_positives[2::2]
 
 
-def roc_corners(normal: Tensor, anomalous: Tensor, areas: Tensor) -> RocCorners:
+def check_limit(fpr_limit: float) -> None:
+    """Check a false positive rate up to which an area counts.
+
+    Raises:
+        ValueError: If it is not in (0, 1].
+    """
+    if not 0 < fpr_limit <= 1:
+        msg = f"fpr_limit must be in (0, 1], got {fpr_limit}."
+        raise ValueError(msg)
+
+
+def roc_corners(normal: Tensor, anomalous: Tensor, weights: Tensor) -> RocCorners:
     """Corners of the ROC curve. Equal scores form one threshold.
 
     Args:
         normal: Scores of normal pixels, shape (N,), without NaN, on the CPU; sorted in place.
         anomalous: Scores of anomalous pixels, shape (P,), without NaN, on the CPU.
-        areas: Number of pixels of the region that each anomalous pixel belongs to, shape (P,).
+        weights: How much each anomalous pixel adds to the overlaps, shape (P,), float64: for a region, 1 / its pixels.
     """
     # Not torch.sort, which makes a copy with positions: four times the memory, and here six times the time.
     normal.numpy().sort()
     anomalous, order = anomalous.sort(descending=True)
-    overlap = (1 / areas[order].double()).cumsum(0)
+    overlap = weights[order].cumsum(0)
     scores, counts = anomalous.unique_consecutive(return_counts=True)
     true_positives = counts.cumsum(0)
     above = len(normal) - torch.searchsorted(normal, scores, right=True)
@@ -113,3 +134,17 @@ def roc_corners(normal: Tensor, anomalous: Tensor, areas: Tensor) -> RocCorners:
         true_positives=pad(true_positives, (1, 0)).repeat_interleave(2),
         regions=pad(overlap[true_positives - 1], (1, 0)).repeat_interleave(2),
     )
+
+
+def merged(parts: list[Tensor]) -> Tensor:
+    """Concatenate tensors of shape (N,) on the CPU, each of which is let go of once it is copied: the list is emptied.
+
+    The last ones come first, because memory that was taken last is given back at once.
+    """
+    whole = torch.empty(sum(len(part) for part in parts), dtype=parts[0].dtype if parts else None)
+    start = 0
+    while parts:
+        part = parts.pop()
+        whole[start : start + len(part)] = part
+        start += len(part)
+    return whole

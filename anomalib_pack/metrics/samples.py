@@ -34,6 +34,22 @@ def unpadded_count(loader: DataLoader | list[DataLoader], batch_idx: int, datalo
     return max(max(own, 1) - batch_idx * loader.batch_size, 0)
 
 
+def names_group(name: str) -> bool:
+    """Whether what an image has as ``group`` is a group, and not several; see :func:`belongs`."""
+    return bool(name) and not name.endswith("/")
+
+
+def belongs(name: str, group: str) -> bool:
+    """Whether an image belongs to a group.
+
+    Args:
+        name: What the image has as ``group``: the name of its group, or the start of the names of all groups that it
+            belongs to, which is empty or ends in ``/``.
+        group: Name of a group; to the group ``""`` belong all images.
+    """
+    return not group or name == group or (not names_group(name) and group.startswith(name))
+
+
 def select(batch: Any, fields: Iterable[str], which: slice | Tensor) -> SimpleNamespace:
     """Some fields of some samples of a batch; a field that the batch lacks is None.
 

@@ -198,6 +198,7 @@ def test_finds_category_folders_only(root):
     datamodule.prepare_data()
     datamodule.setup()
     assert set(datamodule.train_data.samples.group) == {"bars", "disc"}
+    assert datamodule.test_data.defects is None  # MVTec AD has none
     datamodule = products(root, categories=["disc"])
     datamodule.setup()
     assert set(datamodule.train_data.samples.group) == {"disc"}

@@ -284,7 +284,7 @@ def test_incomplete_group_is_left_out(anomalous, missing, loco, tmp_path):
 
 
 def test_overall_metrics_without_anomalous_images_do_not_exist(loco, tmp_path):
-    with pytest.warns(UserWarning, match=r"no anomalous test images: image_AUROC, .*, pixel_AUPRO do not exist"):
+    with pytest.warns(UserWarning, match=r"no anomalous test images: image_AUROC, .*, pixel_SPRO do not exist"):
         metrics = metrics_of_one_label(loco, False, tmp_path)
     assert not metrics
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from anomalib.metrics.pro import connected_components_cpu
 from scipy import ndimage
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 from anomalib_pack.metrics import image, pixel
 
@@ -144,11 +144,9 @@ def test_equal_scores(maps_and_masks):
     assert ours((torch.full_like(maps, 0.4), masks)) == pytest.approx(expected, abs=1e-7)
 
 
-def test_batches_do_not_matter(maps_and_masks, monkeypatch):
+def test_batches_do_not_matter(maps_and_masks):
     maps, masks = maps_and_masks
     whole = ours((maps, masks))
-    monkeypatch.setattr(pixel, "CHUNK", 1000)  # 4608 pixels in all
-    assert ours((maps, masks)) == whole
     assert ours((maps[4:], masks[4:]), (maps[:1], masks[:1]), (maps[1:4], masks[1:4])) == whole
     assert ours((maps.squeeze(1), masks.unsqueeze(1))) == whole
 
@@ -187,15 +185,25 @@ def test_regions_are_those_of_anomalib():
     assert pixel.region_areas(masks[1:2]).shape == (0,)
 
 
-def test_states_are_no_copies(maps_and_masks):
+def test_maps_stay_as_they_are_and_the_metric_goes_on(maps_and_masks):
+    """Computing sorts the states in place."""
     maps, masks = maps_and_masks
-    metric = pixel.AUPRO()
-    metric.update(SimpleNamespace(anomaly_map=maps, gt_mask=masks))
-    before = maps.clone()
-    metric.compute()
-    assert metric.scores[0].data_ptr() == maps.data_ptr()
-    assert metric.is_anomalous[0].data_ptr() == masks.data_ptr()
+    metric, before = pixel.AUPRO(), maps.clone()
+    first = compute(metric, (maps[:3], masks[:3]))
     assert torch.equal(maps, before)
+    metric._computed = None
+    assert metric.compute().item() == first
+    assert compute(metric, (maps[3:], masks[3:])) == ours((maps, masks))["AUPRO"]
+
+
+@pytest.mark.parametrize("limit", [0.01, 0.3, 0.999])
+@pytest.mark.parametrize("decimals", [6, 1])
+def test_auroc_up_to_a_limit(limit, decimals, maps_and_masks):
+    maps, masks = maps_and_masks[0].round(decimals=decimals), maps_and_masks[1]
+    rates, heights, _ = roc_curve(masks.flatten(), maps.flatten(), drop_intermediate=False)
+    inside = rates <= limit
+    expected = np.trapezoid([*heights[inside], np.interp(limit, rates, heights)], [*rates[inside], limit]) / limit
+    assert compute(pixel.AUROC(fpr_limit=limit), (maps, masks)) == pytest.approx(expected, abs=1e-6)
 
 
 def test_without_masks():
@@ -223,9 +231,10 @@ def test_other_size(maps_and_masks):
 
 
 @pytest.mark.parametrize("limit", [0, 1.1])
-def test_impossible_limit(limit):
+@pytest.mark.parametrize("metric", [pixel.AUPRO, pixel.AUROC, pixel.SPRO])
+def test_impossible_limit(metric, limit):
     with pytest.raises(ValueError, match=rf"fpr_limit must be in \(0, 1\], got {limit}"):
-        pixel.AUPRO(fpr_limit=limit)
+        metric(fpr_limit=limit)
 
 
 @pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
