@@ -15,7 +15,7 @@ from anomalib_pack.efficiency.accuracy import read_accuracy
 from anomalib_pack.efficiency.measurement import measure_or_error
 from anomalib_pack.efficiency.plot import plot_latency
 from anomalib_pack.efficiency.report import console_table, short_error, write_csv, write_markdown
-from anomalib_pack.efficiency.settings import Entry, Settings, entries
+from anomalib_pack.efficiency.settings import Entry, Settings, check_device, entries
 from anomalib_pack.process import in_own_process
 
 
@@ -49,6 +49,7 @@ class Efficiency(Pipeline):
         args = parser.parse_args() if args is None else args
         settings = Settings(**{field.name: args[field.name] for field in fields(Settings)})
         try:
+            check_device(settings.device)
             models = entries(settings)
             accuracy = read_accuracy(settings.results, settings.metric) if settings.results else {}
         except ValueError as error:

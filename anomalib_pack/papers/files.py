@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 SUFFIX = ".yaml"
+RUN_KEYS = ("models", "data", "seeds", "trainer", "map_size")  # of a file of trainings
 RUNS = "runs"  # folder of the trainings that several tables read
 _PACKAGE = Path(__file__).parents[1] / "configs"
 CONFIGS = _PACKAGE if _PACKAGE.is_dir() else Path(__file__).parents[2] / "configs"
@@ -61,7 +62,7 @@ def load(path: Path) -> Config:
     config = _mapping(path)
     names = config.get(RUNS, [])
     names = names if isinstance(names, list) else [names]
-    own = {key: config.pop(key) for key in ("models", "data", "seeds", "trainer") if key in config}
+    own = {key: config.pop(key) for key in RUN_KEYS if key in config}
     config[RUNS] = [_mapping(path.parent / f"{name}{SUFFIX}") for name in names] + ([own] if own else [])
     return config
 

@@ -8,13 +8,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from anomalib_pack.checks import check_keys
-from anomalib_pack.papers.files import RUNS, Config, load
+from anomalib_pack.checks import check_keys, require
+from anomalib_pack.papers.files import RUN_KEYS, RUNS, Config, load
 from anomalib_pack.sweep.metrics import check_metric
 from anomalib_pack.sweep.settings import Experiment, read_experiments
 
-KEYS = ["title", RUNS, "models", "data", "seeds", "trainer", "efficiency", "select", "rows", "columns", "published"]
-RUN_KEYS = ["models", "data", "seeds", "trainer"]
+MAP_SIZES = ("input", "original")
+KEYS = ["title", RUNS, *RUN_KEYS, "efficiency", "select", "rows", "columns", "published"]
 SELECTORS = ["model", "data", "category", "group", "test", "metric", "measure", "divide"]
 NOTHING = "-"  # where the paper has no number
 _PUBLISHED = re.compile(r"(-?\d+(?:\.\d+)?)(?:\s*±\s*(\d+(?:\.\d+)?))?")
@@ -48,14 +48,14 @@ class Cell:
     published: Number | None
 
     @property
-    def metric(self) -> str | None:
-        """Name of a metric, without test and group."""
-        return self.select.get("metric")
-
-    @property
     def test(self) -> str:
         """Name of the test; empty for that on the data of the training."""
         return self.select.get("test", "")
+
+    def metric_of(self, experiment: Experiment) -> str:
+        """Name of the metric for a run, without test and group."""
+        metric = self.select["metric"]
+        return experiment.instead.get(metric, metric)
 
     def column_of(self, experiment: Experiment) -> str:
         """Column of the results that holds its value for a run."""
@@ -64,7 +64,7 @@ class Cell:
             group = self.select["category"]  # one run has all categories
         if group is None:
             group = experiment.tests.get(self.test, {}).get("group", experiment.group)
-        return f"{f'{self.test}/' if self.test else ''}{self.metric}{f'_{group}' if group else ''}"
+        return f"{f'{self.test}/' if self.test else ''}{self.metric_of(experiment)}{f'_{group}' if group else ''}"
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,11 @@ def _experiments(runs: Config, accelerator: str) -> list[Experiment]:
         if "evaluator" in experiment.model["init_args"]:
             msg = f"model {experiment.model_name} must have no evaluator: the metrics are those that tables ask for."
             raise ValueError(msg)
-    return [replace(experiment, measures={}) for experiment in found]
+        for name, metric in experiment.instead.items():
+            check_metric(metric, f"instead.{name} of data {experiment.dataset}")
+    map_size = runs.get("map_size", MAP_SIZES[0])
+    require("map_size", map_size, map_size in MAP_SIZES, f"one of {', '.join(MAP_SIZES)}")
+    return [replace(experiment, measures={}, map_size=map_size) for experiment in found]
 
 
 def _lines(given: Any, key: str) -> dict[str, Config]:

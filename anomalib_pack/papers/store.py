@@ -33,7 +33,7 @@ def asked_of_runs(tables: list[PaperTable]) -> Asked:
     for table in tables:
         for cell in table.cells.values():
             for experiment in cell.experiments:
-                asked[experiment.key][cell.test].add(cell.metric)
+                asked[experiment.key][cell.test].add(cell.metric_of(experiment))
     return {key: {test: sorted(metrics) for test, metrics in sorted(tests.items())} for key, tests in asked.items()}
 
 

@@ -103,7 +103,7 @@ def build_model(experiment: Experiment, test: str = "") -> AnomalibModule:
     model = build_component("model", model_of_test(experiment, test))
     model.visualizer = None  # pictures are not kept
     if experiment.measures is not None:
-        model.evaluator = evaluator_of(experiment.measures.get(test, []))
+        model.evaluator = evaluator_of(experiment.measures.get(test, []), experiment.map_size)
         if is_stock(model):
             model.post_processor = RankPreservingPostProcessor()
     return model

@@ -16,7 +16,7 @@ from anomalib_pack.sweep.grid import differences, expand
 
 KEYS = ["models", "data", "seeds", "trainer", "accelerator", "metrics", "benchmark"]
 MODEL_KEYS = ["class_path", "init_args", "trainer", "data_args", "name", "seeds", "by_data", "tests"]
-DATA_KEYS = ["class_path", "init_args", "name", "group", "tests"]
+DATA_KEYS = ["class_path", "init_args", "name", "group", "instead", "tests"]
 BY_DATA_KEYS = ["init_args", "trainer", "data_args"]  # of a model's settings for one data set or category
 TEST_KEYS = ["init_args", "data", "group"]
 BENCHMARK_KEYS = ["model", "data", "seed"]  # of a configuration of `anomalib benchmark`
@@ -44,6 +44,8 @@ class Experiment:
         tests: Further tests of the trained model by name: each with `init_args` of the model that differ and perhaps
             other `data`.
         group: Group whose values count in tables of papers; empty for those of all images.
+        instead: Metrics that stand for others in tables of papers, e.g. AUC-sPRO for AUPRO.
+        map_size: At what size maps are compared with masks where metrics are asked for, as ``GroupEvaluator`` has it.
         measures: Metrics of each test by its name, which is empty for the first. None: what the model's evaluator has.
     """
 
@@ -57,6 +59,8 @@ class Experiment:
     row: str
     tests: Config = field(default_factory=dict)
     group: str = ""
+    instead: dict[str, str] = field(default_factory=dict)
+    map_size: str = "input"
     measures: dict[str, list[str]] | None = None
 
     @property
@@ -81,7 +85,10 @@ class Experiment:
     def asked(self) -> dict[str, Config]:
         """What is measured: metrics and a hash of what is tested, for each test by its name."""
         return {
-            name: {"metrics": sorted(metrics), "recipe": fingerprint(self.tests[name]) if name else ""}
+            name: {
+                "metrics": sorted(metrics),
+                "recipe": fingerprint({**self.tests.get(name, {}), "map_size": self.map_size}),
+            }
             for name, metrics in (self.measures or {}).items()
         }
 
@@ -161,6 +168,7 @@ def _experiment(accelerator: str, seed: int, data: Config, model: Config, *, sev
         row=data["label"],
         tests={**data.get("tests", {}), **model.get("tests", {})},
         group=data.get("group", ""),
+        instead=data.get("instead", {}),
     )
 
 
@@ -206,6 +214,7 @@ def _data(given: list[Config]) -> list[Config]:
         where = f"data[{position}]"
         _check_entry(entry, DATA_KEYS, where)
         _check_nested(entry, "tests", TEST_KEYS, where)
+        _check_mapping(entry.get("instead", {}), f"{where}.instead")
         found += _expanded(entry, where)
     return _label(found, _row_labels)
 
