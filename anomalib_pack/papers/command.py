@@ -14,7 +14,7 @@ from anomalib_pack.files import replace_file
 from anomalib_pack.papers import costs, report
 from anomalib_pack.papers.cells import Results, measured
 from anomalib_pack.papers.files import table_files
-from anomalib_pack.papers.settings import PaperTable, read_table
+from anomalib_pack.papers.settings import PaperTable, read_tables
 from anomalib_pack.papers.store import (
     asked_of_runs,
     read_results,
@@ -54,11 +54,9 @@ def read_plan(path: Path) -> Plan:
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     files = table_files(path) if path.is_dir() else [path]
     of_papers = {folder: table_files(folder) for folder in dict.fromkeys(file.parent for file in files)}
-    tables = {file: read_table(file, accelerator) for all_files in of_papers.values() for file in all_files}
-    asked: dict[str, dict[str, list[str]]] = {}
-    for all_files in of_papers.values():
-        asked |= asked_of_runs([tables[file] for file in all_files])
-    wanted = [tables[file] for file in files]
+    tables = read_tables([file for of_paper in of_papers.values() for file in of_paper], accelerator)
+    asked = asked_of_runs(tables)
+    wanted = [table for table in tables if table.path in files]
     for table in wanted:
         costs.read_costs(table)
     runs = runs_of(wanted, asked)

@@ -1,7 +1,7 @@
 """Where the files of the papers are, and what they say.
 
-``configs/papers/<paper>/<table>.yaml`` in a checkout, the same below the package in a wheel. A table names its trainings
-with ``runs``, files beside it, or has them itself.
+``configs/papers/<paper>/<table>.yaml`` in a checkout, the same below the package in a wheel. A table names files of
+trainings with ``runs``, or has its trainings itself.
 """
 
 from __future__ import annotations
@@ -52,22 +52,19 @@ def table_files(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path.parent, _numbers_apart(path.stem)))
 
 
+def runs_of(table: Path, config: Config) -> list[Path]:
+    """Files of the trainings that a table names."""
+    names = config.get(RUNS, [])
+    return [table.parent / f"{name}{SUFFIX}" for name in (names if isinstance(names, list) else [names])]
+
+
 def load(path: Path) -> Config:
-    """Read a table, with the configurations of its trainings under `runs`.
+    """Read a file.
 
     Raises:
-        OSError: If a file cannot be read.
-        ValueError: If it is not a mapping.
+        OSError: If it cannot be read.
+        ValueError: If it does not hold a mapping.
     """
-    config = _mapping(path)
-    names = config.get(RUNS, [])
-    names = names if isinstance(names, list) else [names]
-    own = {key: config.pop(key) for key in RUN_KEYS if key in config}
-    config[RUNS] = [_mapping(path.parent / f"{name}{SUFFIX}") for name in names] + ([own] if own else [])
-    return config
-
-
-def _mapping(path: Path) -> Config:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         msg = f"{path} must hold a mapping, got {content!r}."

@@ -15,8 +15,8 @@ from anomalib_pack.papers.settings import NOTHING, Cell, Number, PaperTable
 
 NOTE = (
     "In each cell: published, measured, difference; mean ± standard deviation over seeds. * not of all seeds. † of runs "
-    "with other versions than those installed, see below. Differences of more than two standard errors are bold: green "
-    "where this is better, red where it is worse. Where a deviation is unknown, nothing is said about that."
+    "with other versions than those installed. A difference of more than two of its standard errors is bold: green "
+    "where it is an improvement, red where not. Where a deviation is unknown, it stays as it is."
 )
 HEADER = [
     *("row", "column", "published", "published_deviation", "measured", "measured_deviation"),

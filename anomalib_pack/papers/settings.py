@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from anomalib_pack.checks import check_keys, require
-from anomalib_pack.papers.files import RUN_KEYS, RUNS, Config, load
+from anomalib_pack.papers.files import RUN_KEYS, RUNS, Config, load, runs_of
 from anomalib_pack.sweep.metrics import check_metric
 from anomalib_pack.sweep.settings import Experiment, read_experiments
 
 MAP_SIZES = ("input", "original")
 KEYS = ["title", RUNS, *RUN_KEYS, "efficiency", "select", "rows", "columns", "published"]
 SELECTORS = ["model", "data", "category", "group", "test", "metric", "measure", "divide"]
-NOTHING = "-"  # where the paper has no number
+NOTHING = "-"  # where the paper has no number; nothing is measured there
 _PUBLISHED = re.compile(r"(-?\d+(?:\.\d+)?)(?:\s*±\s*(\d+(?:\.\d+)?))?")
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,6 @@ class PaperTable:
         rows: Names.
         columns: Names.
         cells: By names of row and column.
-        experiments: All runs of its files, also those that no cell reads.
         efficiency: Configuration of `anomalib efficiency`, if a cell needs it.
     """
 
@@ -86,7 +88,6 @@ class PaperTable:
     rows: list[str]
     columns: list[str]
     cells: dict[tuple[str, str], Cell]
-    experiments: list[Experiment]
     efficiency: Config | None
 
     @property
@@ -95,41 +96,63 @@ class PaperTable:
         return f"{self.path.parent.name}/{self.path.stem}"
 
 
-def read_table(path: Path, accelerator: str) -> PaperTable:
-    """Read a table and the trainings that it names. Classes and their arguments are not looked at.
+def read_tables(paths: list[Path], accelerator: str) -> list[PaperTable]:
+    """Read tables and the trainings that they name. Classes and their arguments are not looked at.
 
     Args:
-        path: Of the table.
+        paths: Of the tables.
         accelerator: What the trainings run on.
 
     Raises:
         OSError: If a file cannot be read.
         ValueError: If anything is unknown, missing or of a wrong type; the message names file and key.
     """
+    trainings: dict[Path, list[Experiment]] = {}  # of the files that several tables name
+
+    def experiments_of(path: Path) -> list[Experiment]:
+        if path not in trainings:
+            trainings[path] = _naming(path, lambda: _experiments(load(path), accelerator))
+        return trainings[path]
+
+    def table(path: Path) -> PaperTable:
+        config = load(path)
+        own = {key: config[key] for key in RUN_KEYS if key in config}
+        named = [each for runs in runs_of(path, config) for each in experiments_of(runs)]
+        return _naming(path, lambda: _table(path, config, named + (_experiments(own, accelerator) if own else [])))
+
+    return [table(path) for path in paths]
+
+
+def _naming(path: Path, read: Callable[[], Result]) -> Result:
+    """The result of reading a file, or an error that names it."""
     try:
-        return _table(path, load(path), accelerator)
+        return read()
     except ValueError as error:
         msg = f"{path}: {error}"
         raise ValueError(msg) from error
 
 
-def _table(path: Path, config: Config, accelerator: str) -> PaperTable:
+def _table(path: Path, config: Config, experiments: list[Experiment]) -> PaperTable:
     check_keys(config, KEYS, "the table")
     for key in ("title", "rows", "columns"):
         if not config.get(key):
             msg = f"a table needs {key}."
             raise ValueError(msg)
-    experiments = [each for runs in config[RUNS] for each in _experiments(runs, accelerator)]
     common = _line(config.get("select", {}), "select")
     rows, columns = (_lines(config[key], key) for key in ("rows", "columns"))
     published = _published(config.get("published") or {}, list(rows), list(columns))
     efficiency = config.get("efficiency")
     measured = {_name(entry) for entry in (efficiency or {}).get("models", [])}
-    cells = {
-        (row, column): _cell({**common, **rows[row], **columns[column]}, experiments, measured, published, row, column)
-        for row, column in product(rows, columns)
-    }
-    return PaperTable(path, config["title"], list(rows), list(columns), cells, experiments, efficiency)
+    cells = {}
+    for row, column in product(rows, columns):
+        select = {**common, **rows[row], **columns[column]}
+        given = published.get((row, column))
+        try:
+            cells[row, column] = Cell({}, [], None) if given == NOTHING else _cell(select, experiments, measured, given)
+        except ValueError as error:
+            msg = f"the cell {row}, {column} {error}"
+            raise ValueError(msg) from error
+    return PaperTable(path, config["title"], list(rows), list(columns), cells, efficiency)
 
 
 def _experiments(runs: Config, accelerator: str) -> list[Experiment]:
@@ -180,61 +203,54 @@ def _line(line: Any, where: str) -> Config:
     return line
 
 
-def _published(given: Any, rows: list[str], columns: list[str]) -> dict[tuple[str, str], Number]:
+def _published(given: Any, rows: list[str], columns: list[str]) -> dict[tuple[str, str], Number | str]:
+    """Numbers by place, and ``NOTHING`` where the paper has none. What it has, but cannot be read, is not there."""
     if not isinstance(given, dict):
         msg = f"published must be a mapping of rows to lists, got {given!r}."
         raise ValueError(msg)  # noqa: TRY004  # likewise
     given = {str(row): values for row, values in given.items()}
     check_keys(given, rows, "published")
-    found = {}
+    found: dict[tuple[str, str], Number | str] = {}
     for row, values in given.items():
         if not isinstance(values, list) or len(values) != len(columns):
             msg = f"published.{row} must be a list with a number for each of {', '.join(columns)}, got {values!r}."
             raise ValueError(msg)
-        numbers = {(row, column): value for column, value in zip(columns, values, strict=True) if value != NOTHING}
-        found |= {place: _number(value, f"published.{row}") for place, value in numbers.items()}
+        for column, value in zip(columns, values, strict=True):
+            if value is not None:
+                found[row, column] = value if value == NOTHING else _number(value, f"published.{row}")
     return found
 
 
 def _number(value: Any, where: str) -> Number:
     match = _PUBLISHED.fullmatch(str(value))
     if not match:
-        msg = f"{where} must hold numbers, '83.1 ± 0.4' or '{NOTHING}', got {value!r}."
+        msg = f"{where} must hold numbers, '83.1 ± 0.4', '{NOTHING}' or null, got {value!r}."
         raise ValueError(msg)
     return Number(float(match[1]), None if match[2] is None else float(match[2]))
 
 
-def _cell(
-    select: Config,
-    experiments: list[Experiment],
-    measured: set[str],
-    published: dict[tuple[str, str], Number],
-    row: str,
-    column: str,
-) -> Cell:
-    where = f"the cell {row}, {column}"
-    number = published.get((row, column))
+def _cell(select: Config, experiments: list[Experiment], measured: set[str], published: Number | None) -> Cell:
     if ("metric" in select) == ("measure" in select):
-        msg = f"{where} needs a metric, or a measure of `anomalib efficiency`."
+        msg = "needs a metric, or a measure of `anomalib efficiency`."
         raise ValueError(msg)
     if "measure" in select:
         if select.get("model") not in measured:
-            msg = f"{where} must be of a model of the section efficiency, {', '.join(sorted(measured))}, got {select}."
+            msg = f"must be of a model of the section efficiency, {', '.join(sorted(measured))}, got {select}."
             raise ValueError(msg)
-        return Cell(select, [], number)
-    _check_known(select, experiments, where)
+        return Cell(select, [], published)
+    _check_known(select, experiments)
     chosen = [experiment for experiment in experiments if _fits(experiment, select)]
-    if number and not chosen:
-        msg = f"{where} has a published number, but {select} selects no run."
+    if published and not chosen:
+        msg = f"has a published number, but {select} selects no run."
         raise ValueError(msg)
     models = dict.fromkeys(experiment.model_name for experiment in chosen)
     if len(models) > 1:
-        msg = f"{where} must be of one model, got {', '.join(models)}."
+        msg = f"must be of one model, got {', '.join(models)}."
         raise ValueError(msg)
-    return Cell(select, chosen, number)
+    return Cell(select, chosen, published)
 
 
-def _check_known(select: Config, experiments: list[Experiment], where: str) -> None:
+def _check_known(select: Config, experiments: list[Experiment]) -> None:
     grouped = any(not experiment.row for experiment in experiments)  # whose categories are groups of one run
     known = {
         "model": {experiment.model_name for experiment in experiments},
@@ -244,7 +260,7 @@ def _check_known(select: Config, experiments: list[Experiment], where: str) -> N
     }
     for selector, values in known.items():
         if selector in select and select[selector] not in values:
-            msg = f"{selector} of {where} must be one of {', '.join(sorted(values))}, got {select[selector]!r}."
+            msg = f"must have as {selector} one of {', '.join(sorted(values))}, got {select[selector]!r}."
             raise ValueError(msg)
 
 

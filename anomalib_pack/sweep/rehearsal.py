@@ -36,7 +36,7 @@ def list_jobs(experiments: list[Experiment], results: dict[str, dict[str, str]])
 
 
 def rehearse(experiments: list[Experiment]) -> None:
-    """Build each distinct model and datamodule once, without weights, memory, images or downloads, and say what was not.
+    """Build each distinct model and datamodule once, without weights, memory or images, and say what was not built.
 
     Raises:
         ValueError: If one cannot be built, or a category is unknown.

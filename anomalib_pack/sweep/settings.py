@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -21,7 +22,7 @@ BY_DATA_KEYS = ["init_args", "trainer", "data_args"]  # of a model's settings fo
 TEST_KEYS = ["init_args", "data", "group"]
 BENCHMARK_KEYS = ["model", "data", "seed"]  # of a configuration of `anomalib benchmark`
 ACCELERATORS = ["cpu", "cuda"]  # as in `anomalib benchmark`
-CATEGORY = "init_args.category"
+CATEGORY, CATEGORIES = "init_args.category", "init_args.categories"
 METRICS = ["image_AUROC", "pixel_AUROC", "pixel_AUPRO"]
 SEED_LIMIT = 2**32
 
@@ -69,7 +70,7 @@ class Experiment:
         names = ("accelerator", "seed", "model", "data", "trainer")
         return {name: getattr(self, name) for name in names}
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Hash of the configuration, by which a resumed sweep recognises what it has done.
 
@@ -248,8 +249,14 @@ def _model_labels(name: str, differing: list[Config]) -> list[str]:
 
 def _row_labels(_name: str, differing: list[Config]) -> list[str]:
     """The categories if they alone tell the data apart, otherwise all that differs."""
-    categories = [str(each.get(CATEGORY, "")) for each in differing]
+    categories = [_category(each) for each in differing]
     return categories if len(set(categories)) == len(categories) else [_text(each) for each in differing]
+
+
+def _category(differing: Config) -> str:
+    """The category, also of a data set that takes several and has one."""
+    several = differing.get(CATEGORIES, [])
+    return str(several[0] if isinstance(several, list) and len(several) == 1 else differing.get(CATEGORY, ""))
 
 
 def _text(differing: Config) -> str:
@@ -341,6 +348,13 @@ def _sections(experiment: Experiment) -> list[tuple[str, Config, str]]:
     return parts
 
 
+def _any_category(given: Config) -> Config:
+    """A configuration without the names of categories, which are of the same type in all jobs."""
+    named = {key: value for key, value in given.get("init_args", {}).items() if key in {"category", "categories"}}
+    types = {key: type(value).__name__ for key, value in named.items()}
+    return {**given, "init_args": {**given.get("init_args", {}), **types}}
+
+
 def model_of_test(experiment: Experiment, test: str) -> Config:
     """The trained model's configuration with what a test changes."""
     changed = experiment.tests[test].get("init_args", {}) if test else {}
@@ -357,7 +371,7 @@ def check_experiments(experiments: list[Experiment]) -> None:
     titles: dict[str, str] = {}
     for experiment in experiments:
         for section, given, where in _sections(experiment):
-            print_of = f"{section} {fingerprint(given)}"
+            print_of = f"{section} {fingerprint(_any_category(given))}"
             if print_of not in seen:
                 seen.add(print_of)
                 check_trainer(given, where) if section == "trainer" else check_component(section, given, where)
