@@ -14,9 +14,9 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from anomalib_pack.files import replace_file
-from anomalib_pack.papers import command as papers
-from anomalib_pack.papers.files import is_table, locate
 from anomalib_pack.sweep.job import LOGS, RESULTS, SweepJobGenerator
+from anomalib_pack.sweep.papers import command as papers
+from anomalib_pack.sweep.papers.files import is_table, locate
 from anomalib_pack.sweep.rehearsal import list_jobs, rehearse
 from anomalib_pack.sweep.results import is_done, read_rows
 from anomalib_pack.sweep.settings import Experiment, Plan, read_plan
@@ -85,7 +85,10 @@ class Sweep(Benchmark):
         if args.list:
             list_jobs(plan.experiments, _rows(folder))
         elif args.dry_run:
-            rehearse(plan.experiments)
+            try:
+                rehearse(plan.experiments)
+            except ValueError as error:
+                parser.error(str(error))
         elif of_papers:
             self._run_papers(plan, folder)
         else:

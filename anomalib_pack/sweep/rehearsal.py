@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,8 +97,9 @@ def _build_data(given: Config) -> None:
     name = arguments.get("dataset", type(datamodule))  # of MultiCategory: a name or a list of Folder
     known = _known_categories(find_class("data", name, "dataset") if isinstance(name, str) else name)
     asked = arguments.get("categories", arguments.get("category", []))
-    unknown = [each for each in (asked if isinstance(asked, list) else [asked]) if each not in known and each != "all"]
-    if known and unknown:
+    names = set(asked if isinstance(asked, list) else [asked]) - {*known, "all"}
+    unknown = [each for each in names if not (Path(datamodule.root) / each).is_dir()] if known else []
+    if unknown:
         msg = f"data {given}: there is no category {', '.join(map(str, unknown))}, but {', '.join(known)}."
         raise ValueError(msg)
 

@@ -10,11 +10,11 @@ from rich import box
 from rich.table import Column, Table
 from rich.text import Text
 
-from anomalib_pack.papers.cells import Measured, difference, is_significant
-from anomalib_pack.papers.settings import NOTHING, Cell, Number, PaperTable
+from anomalib_pack.sweep.papers.cells import Measured, difference, is_significant
+from anomalib_pack.sweep.papers.settings import NOTHING, Cell, Number, PaperTable
 
 NOTE = (
-    "In each cell: published, measured, difference; mean ± standard deviation over seeds. * not of all seeds. † of runs "
+    "Cells: published, measured, difference; mean ± standard deviation over seeds. * not of all seeds. † of runs "
     "with other versions than those installed. A difference of more than two of its standard errors is bold: green "
     "where it is an improvement, red where not. Where a deviation is unknown, it stays as it is."
 )

@@ -12,9 +12,9 @@ from tqdm import tqdm
 from anomalib_pack.efficiency.environment import library_versions
 from anomalib_pack.efficiency.measurement import measure_or_error
 from anomalib_pack.efficiency.settings import Entry, Settings, entries
-from anomalib_pack.papers.cells import Measured, Results
-from anomalib_pack.papers.settings import Cell, PaperTable
 from anomalib_pack.process import in_own_process
+from anomalib_pack.sweep.papers.cells import Measured, Results
+from anomalib_pack.sweep.papers.settings import Cell, PaperTable
 from anomalib_pack.sweep.results import read_rows, write_row
 from anomalib_pack.sweep.settings import fingerprint
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from anomalib_pack.checks import check_keys, require
-from anomalib_pack.papers.files import RUN_KEYS, RUNS, Config, load, runs_of
 from anomalib_pack.sweep.metrics import check_metric
+from anomalib_pack.sweep.papers.files import RUN_KEYS, RUNS, Config, load, runs_of
 from anomalib_pack.sweep.settings import Experiment, read_experiments
 
 MAP_SIZES = ("input", "original")

@@ -11,18 +11,18 @@ import torch
 from rich.console import Console
 
 from anomalib_pack.files import replace_file
-from anomalib_pack.papers import costs, report
-from anomalib_pack.papers.cells import Results, measured
-from anomalib_pack.papers.files import table_files
-from anomalib_pack.papers.settings import PaperTable, read_tables
-from anomalib_pack.papers.store import (
+from anomalib_pack.sweep.job import LOGS
+from anomalib_pack.sweep.papers import costs, report
+from anomalib_pack.sweep.papers.cells import Results, measured
+from anomalib_pack.sweep.papers.files import table_files
+from anomalib_pack.sweep.papers.settings import PaperTable, read_tables
+from anomalib_pack.sweep.papers.store import (
     asked_of_runs,
     read_results,
     runs_of,
     versions_here,
     versions_of,
 )
-from anomalib_pack.sweep.job import LOGS
 from anomalib_pack.sweep.results import is_done
 from anomalib_pack.sweep.settings import Experiment, check_experiments
 
@@ -84,9 +84,9 @@ def run_plan(plan: Plan, store: Path, runner: Runner) -> bool:
     results = read_results(store)
     for table in plan.tables:
         _report(table, results, store, console)
-    failed = {run: results.get(run.key, {"error": "did not run"})["error"] for run in plan.experiments}
-    failed = {run: error for run, error in failed.items() if error}
-    for run, error in failed.items():
+    errors = [(run, results.get(run.key, {"error": "did not run"})["error"]) for run in plan.experiments]
+    failed = [(run, error) for run, error in errors if error]
+    for run, error in failed:
         text = shorten(error, ERROR_WIDTH, placeholder=" ...")
         log = store / LOGS / f"{run.key}.log"
         console.print(f"{run.title} failed: {text} ({log})", markup=False, soft_wrap=True)

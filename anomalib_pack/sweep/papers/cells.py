@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from anomalib_pack.papers.settings import Cell
+from anomalib_pack.sweep.papers.settings import Cell
 from anomalib_pack.sweep.settings import Experiment
 
 PERCENT = 100

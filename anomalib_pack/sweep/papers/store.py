@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from anomalib_pack.efficiency.environment import library_versions
-from anomalib_pack.papers.cells import Results
-from anomalib_pack.papers.settings import PaperTable
 from anomalib_pack.sweep.job import RESULTS
+from anomalib_pack.sweep.papers.cells import Results
+from anomalib_pack.sweep.papers.settings import PaperTable
 from anomalib_pack.sweep.results import read_rows
 from anomalib_pack.sweep.settings import Experiment
 

@@ -14,8 +14,8 @@ import yaml
 SUFFIX = ".yaml"
 RUN_KEYS = ("models", "data", "seeds", "trainer", "map_size")  # of a file of trainings
 RUNS = "runs"  # folder of the trainings that several tables read
-_PACKAGE = Path(__file__).parents[1] / "configs"
-CONFIGS = _PACKAGE if _PACKAGE.is_dir() else Path(__file__).parents[2] / "configs"
+_PACKAGE = Path(__file__).parents[2] / "configs"
+CONFIGS = _PACKAGE if _PACKAGE.is_dir() else Path(__file__).parents[3] / "configs"
 
 Config = dict[str, Any]
 
