@@ -7,6 +7,7 @@ e.g. an evaluator.
 from __future__ import annotations
 
 import inspect
+from copy import deepcopy
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -126,7 +127,7 @@ def _parse(
     # The class itself is not the parser's to build, as it would hide the errors of the constructor in one of its own.
     parser.add_class_arguments(cls, _KEY, instantiate=False, fail_untyped=False)
     try:
-        return parser, parser.parse_object({_KEY: given})
+        return parser, parser.parse_object({_KEY: deepcopy(given)})  # which is changed where it is nested
     except ArgumentError as error:
         msg = f"{where}: {' '.join(str(error).split())}"
         raise ValueError(msg) from error

@@ -148,13 +148,12 @@ def test_a_whole_run(paper: str, model: str, data: str, row: str, tmp_path: Path
     monkeypatch.chdir(tmp_path)
     write_trees(tmp_path, monkeypatch)
     tables = read_tables(table_files(CONFIGS / "papers" / paper), "cpu")
+    cells = [cell for table in tables for cell in table.cells.values()]
     place = (model, data, row)
-    run = next(run for run in runs_of(tables, asked_of_runs(tables)) if (run.model_name, run.dataset, run.row) == place)
+    named = {(each.model_name, each.dataset, each.row): each.key for cell in cells for each in cell.experiments}
+    run = next(run for run in runs_of(tables, asked_of_runs(tables)) if run.key == named[place])
     metrics = run_experiment(without_weights(run, tmp_path))
-    cells = [
-        cell for table in tables for cell in table.cells.values() if run.key in {each.key for each in cell.experiments}
-    ]
-    assert cells
     columns = {cell.column_of(each) for cell in cells for each in cell.experiments if each.key == run.key}
+    assert columns
     assert columns <= metrics.keys()
     assert all(0 <= metrics[column] <= 1 for column in columns)

@@ -80,10 +80,16 @@ def run_plan(plan: Plan, store: Path, runner: Runner) -> bool:
     pending = [run for run in plan.experiments if not is_done(run, results)]
     console = Console()
     console.print(f"{len(plan.experiments)} runs, {len(pending)} of them to do. Store: {store}", soft_wrap=True)
-    runner(pending)
+    stopped = None
+    try:
+        runner(pending)
+    except KeyboardInterrupt as stop:  # what there is can be seen
+        stopped = stop
     results = read_results(store)
     for table in plan.tables:
         _report(table, results, store, console)
+    if stopped is not None:
+        raise stopped
     errors = [(run, results.get(run.key, {"error": "did not run"})["error"]) for run in plan.experiments]
     failed = [(run, error) for run, error in errors if error]
     for run, error in failed:
