@@ -66,6 +66,7 @@ class SweepJob(Job):
         except OSError as error:  # e.g. a full disk; without its row the job runs again when the sweep is resumed
             row["error"] = one_line(error)
             again = f"anomalib sweep --config {self.folder / 'config.yaml'} --resume {self.folder}"
+            again = again if self.experiment.measures is None else "the same command"
             tqdm.write(f"[{self.place}] {error.strerror} Resume with {again}. What is not in it: {results}")
         outcome = "failed" if row["error"] else "done"
         tqdm.write(f"[{self.place}] {outcome} after {time.perf_counter() - start:.0f} s")

@@ -16,7 +16,7 @@ from anomalib_pack.sweep.experiment import is_stock, one_line
 from anomalib_pack.sweep.results import is_done
 from anomalib_pack.sweep.settings import Config, Experiment, fingerprint, model_of_test
 
-WEIGHTS = ("weights", "vit_weights")  # arguments of the pack's models that name files or downloads
+DOWNLOADS = ("weights", "vit_weights", "dtd_dir")  # arguments that name files or downloads
 PRE_TRAINED = "pre_trained"  # the one of Anomalib's
 
 
@@ -70,7 +70,7 @@ def _build_model(given: Config) -> str:
     """Build a model on the device `meta`; return why not, where it is one of Anomalib's that cannot be."""
     cls = find_class("model", given["class_path"], "model")
     parameters = inspect.signature(cls).parameters
-    without = {name: None for name in WEIGHTS if name in parameters} | (
+    without = {name: None for name in DOWNLOADS if name in parameters} | (
         {PRE_TRAINED: False} if PRE_TRAINED in parameters else {}
     )
     if is_stock(cls) and not without:

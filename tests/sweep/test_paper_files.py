@@ -14,7 +14,7 @@ from anomalib_pack.sweep.experiment import run_experiment
 from anomalib_pack.sweep.papers.command import read_plan
 from anomalib_pack.sweep.papers.files import CONFIGS, table_files
 from anomalib_pack.sweep.papers.settings import read_tables
-from anomalib_pack.sweep.papers.store import asked_of_runs, runs_of
+from anomalib_pack.sweep.papers.store import runs_of
 from anomalib_pack.sweep.rehearsal import rehearse
 from anomalib_pack.sweep.settings import Experiment, fingerprint
 
@@ -36,7 +36,7 @@ def tables():
 
 @pytest.fixture(scope="module")
 def runs(tables) -> list[Experiment]:
-    return runs_of(tables, asked_of_runs(tables))
+    return runs_of(tables, tables)
 
 
 def test_papers() -> None:
@@ -46,7 +46,7 @@ def test_papers() -> None:
 def test_index_lists_all_tables(tables) -> None:
     """With the number of their jobs; a table that reads no trainings has none."""
     listed = [(name, int(jobs)) for name, jobs in LINE.findall(INDEX.read_text())]
-    expected = {table.name: len(runs_of([table], asked_of_runs([table]))) for table in tables}
+    expected = {table.name: len(runs_of([table], [table])) for table in tables}
     assert dict(listed) == expected
     assert len(listed) == len(expected)
 
@@ -151,7 +151,7 @@ def test_a_whole_run(paper: str, model: str, data: str, row: str, tmp_path: Path
     cells = [cell for table in tables for cell in table.cells.values()]
     place = (model, data, row)
     named = {(each.model_name, each.dataset, each.row): each.key for cell in cells for each in cell.experiments}
-    run = next(run for run in runs_of(tables, asked_of_runs(tables)) if run.key == named[place])
+    run = next(run for run in runs_of(tables, tables) if run.key == named[place])
     metrics = run_experiment(without_weights(run, tmp_path))
     columns = {cell.column_of(each) for cell in cells for each in cell.experiments if each.key == run.key}
     assert columns

@@ -9,7 +9,7 @@ import yaml
 from anomalib_pack.sweep.papers.cells import difference, is_significant, measured
 from anomalib_pack.sweep.papers.files import CONFIGS, locate, table_files
 from anomalib_pack.sweep.papers.settings import Number, read_tables
-from anomalib_pack.sweep.papers.store import asked_of_runs, runs_of
+from anomalib_pack.sweep.papers.store import runs_of
 from anomalib_pack.sweep.settings import check_experiments
 
 DATA = [
@@ -32,6 +32,7 @@ TABLE = {
     "columns": [{"name": "all"}, {"data": "A"}, {"data": ["B"], "group": ["logical_anomalies"]}],
     "published": {"Ours": ["83.1 ± 0.4", 70, "-"], "Old": [None, "60", 1]},
 }
+X = {"rows": [{"model": ["x"]}], "columns": [{"data": "A"}]}
 
 
 def table(folder: Path, **changes):
@@ -155,10 +156,16 @@ def test_same_training_is_one_run(tmp_path: Path) -> None:
         columns=[{"data": "A"}],
         published={},
     )
-    runs = runs_of([read], asked_of_runs([read]))
+    runs = runs_of([read], [read])
     assert len(runs) == 2 * 2
     assert {tuple(run.measures) for run in runs} == {("", "T"), ("",)}
     check_experiments(runs)
+
+    # A table that names another file, without the test, measures it all the same.
+    other = table(tmp_path, data=DATA[:1], seeds=[0], models=[{"name": "x", "class_path": "Ulsad"}], published={}, **X)
+    (run, _) = runs_of([other], [other, read])
+    assert set(run.measures) == {"", "T"} == {"", *run.tests}
+    assert set(run.asked) == {"", "T"}
     assert len({replace(run, accelerator="cuda").key for run in runs} | {run.key for run in runs}) == 4
 
 

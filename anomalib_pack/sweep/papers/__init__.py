@@ -2,12 +2,11 @@
 
 From the outside in::
 
-    command.py    runs what is missing in the store, prints the tables
-    files.py      where the files are, and what they say
-    settings.py   what a table may say: rows, columns, what each cell is, the published numbers
-    store.py      which runs there are, and which tables need what of them
-    cells.py      mean over seeds of a cell, its difference to the published number
-    report.py     tables on the console, as Markdown and as CSV
-    costs.py      cells that `anomalib efficiency` measures
-    rehearsal.py  the dry run
+    command.py     runs what the store lacks, prints the tables
+    files.py       where the files are
+    settings.py    what a table may say: rows, columns, what each cell is, the published numbers
+    store.py       which jobs the tables need, and what of each
+    cells.py       mean over seeds of a cell, its difference to the published number
+    costs.py       cells that `anomalib efficiency` measures
+    report.py      tables on the console, as Markdown and as CSV
 """

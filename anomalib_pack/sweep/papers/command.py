@@ -17,7 +17,6 @@ from anomalib_pack.sweep.papers.cells import Results, measured
 from anomalib_pack.sweep.papers.files import table_files
 from anomalib_pack.sweep.papers.settings import PaperTable, read_tables
 from anomalib_pack.sweep.papers.store import (
-    asked_of_runs,
     read_results,
     runs_of,
     versions_here,
@@ -55,11 +54,10 @@ def read_plan(path: Path) -> Plan:
     files = table_files(path) if path.is_dir() else [path]
     of_papers = {folder: table_files(folder) for folder in dict.fromkeys(file.parent for file in files)}
     tables = read_tables([file for of_paper in of_papers.values() for file in of_paper], accelerator)
-    asked = asked_of_runs(tables)
     wanted = [table for table in tables if table.path in files]
     for table in wanted:
         costs.read_costs(table)
-    runs = runs_of(wanted, asked)
+    runs = runs_of(wanted, tables)
     check_experiments(runs)
     return Plan(wanted, runs)
 
@@ -86,8 +84,7 @@ def run_plan(plan: Plan, store: Path, runner: Runner) -> bool:
     except KeyboardInterrupt as stop:  # what there is can be seen
         stopped = stop
     results = read_results(store)
-    for table in plan.tables:
-        _report(table, results, store, console)
+    costs_failed = [_report(table, results, store, console, measure=stopped is None) for table in plan.tables]
     if stopped is not None:
         raise stopped
     errors = [(run, results.get(run.key, {"error": "did not run"})["error"]) for run in plan.experiments]
@@ -98,32 +95,36 @@ def run_plan(plan: Plan, store: Path, runner: Runner) -> bool:
         console.print(f"{run.title} failed: {text} ({log})", markup=False, soft_wrap=True)
     if failed:
         console.print(f"{len(failed)} of {len(plan.experiments)} runs failed. The same command tries them again.")
-    return bool(failed)
+    return bool(failed) or any(costs_failed)
 
 
-def _report(table: PaperTable, results: Results, store: Path, console: Console) -> None:
+def _report(table: PaperTable, results: Results, store: Path, console: Console, *, measure: bool) -> bool:
+    """Write and print a table; return whether a model failed in `anomalib efficiency`."""
     section = costs.read_costs(table)
     cost_rows: Results = {}
-    notes = []
+    failures: list[str] = []
+    absent: list[str] = []
     if section:
-        if costs.can_measure(section[0]):
+        if not costs.can_measure(section[0]):
+            absent = [f"Not measured: {section[0].device} is not there."]
+        elif measure:
             costs.measure_missing(*section, store)
-        else:
-            notes.append(f"Not measured: {section[0].device} is not there.")
         cost_rows = costs.read_rows_of(store)
+        failures = costs.failures(section[1], cost_rows)
     entries: report.Entries = {}
     for place, cell in table.cells.items():
         is_cost = "measure" in cell.select
         found = costs.measured_cost(cell, section[1], cost_rows) if is_cost else measured(cell, results)
         versions = versions_of(found.runs, cost_rows if is_cost else results) if found else set()
         entries[place] = report.Entry(cell, found, frozenset(versions), versions <= {versions_here()})
-    notes += _version_notes(entries)
+    notes = [*absent, *failures, *_version_notes(entries)]
     base = store / table.name
     replace_file(base.with_suffix(".md"), report.markdown(table, entries, notes).encode())
     replace_file(base.with_suffix(".csv"), report.csv_text(table, entries).encode())
     console.print(*report.console_tables(table, entries, console.width))
     for note in [report.NOTE, *notes, f"Written to {base}.md and {base}.csv"]:
         console.print(note, markup=False, soft_wrap=True)
+    return bool(failures)
 
 
 def _version_notes(entries: report.Entries) -> list[str]:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from anomalib_pack.efficiency.environment import library_versions
 from anomalib_pack.efficiency.measurement import measure_or_error
+from anomalib_pack.efficiency.report import short_error
 from anomalib_pack.efficiency.settings import Entry, Settings, entries
 from anomalib_pack.process import in_own_process
 from anomalib_pack.sweep.papers.cells import Measured, Results
@@ -69,6 +70,12 @@ def measure_missing(settings: Settings, models: dict[str, Entry], store: Path) -
 def read_rows_of(store: Path) -> Results:
     """All rows of a store, by hash."""
     return {row["job"]: row for row in read_rows(store / RESULTS)}
+
+
+def failures(models: dict[str, Entry], rows: Results) -> list[str]:
+    """What went wrong with models that could not be measured."""
+    errors = [(entry.name, rows.get(key, {}).get("error")) for key, entry in models.items()]
+    return [f"{name} failed: {short_error({'error': error})}" for name, error in errors if error]
 
 
 def measured_cost(cell: Cell, models: dict[str, Entry], rows: Results) -> Measured | None:

@@ -7,19 +7,18 @@ table comes first, the others find their numbers.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from anomalib_pack.efficiency.environment import library_versions
 from anomalib_pack.sweep.job import RESULTS
 from anomalib_pack.sweep.papers.cells import Results
-from anomalib_pack.sweep.papers.settings import PaperTable
+from anomalib_pack.sweep.papers.settings import Cell, PaperTable
 from anomalib_pack.sweep.results import read_rows
-from anomalib_pack.sweep.settings import Experiment
+from anomalib_pack.sweep.settings import Config, Experiment
 
 VERSIONS = ("anomalib_pack", "anomalib", "torch")
-
-Asked = dict[str, dict[str, list[str]]]  # metrics by test, by key of the run
 
 
 def read_results(store: Path) -> Results:
@@ -27,26 +26,31 @@ def read_results(store: Path) -> Results:
     return {row["job"]: row for row in read_rows(store / RESULTS)}
 
 
-def asked_of_runs(tables: list[PaperTable]) -> Asked:
-    """What tables need of each run."""
+def runs_of(wanted: list[PaperTable], tables: list[PaperTable]) -> list[Experiment]:
+    """The runs that tables read, each once: all of a seed before those of the next.
+
+    Args:
+        wanted: The tables.
+        tables: All tables of their papers, which say what a run measures and how it is tested.
+    """
     asked: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for table in tables:
-        for cell in table.cells.values():
-            for experiment in cell.experiments:
-                asked[experiment.key][cell.test].add(cell.metric_of(experiment))
-    return {key: {test: sorted(metrics) for test, metrics in sorted(tests.items())} for key, tests in asked.items()}
-
-
-def runs_of(tables: list[PaperTable], asked: Asked) -> list[Experiment]:
-    """The runs that tables read, each once: all of a seed before those of the next."""
-    runs: dict[str, Experiment] = {}
-    for table in tables:
-        for cell in table.cells.values():
-            for experiment in cell.experiments:
-                known = runs.get(experiment.key, experiment)  # the same training may be known with fewer tests
-                runs[experiment.key] = replace(known, tests={**known.tests, **experiment.tests})
-    complete = [replace(run, measures=asked[key]) for key, run in runs.items()]
+    tests: dict[str, Config] = defaultdict(dict)  # the same training may be known with others in another file
+    for cell, experiment in _read(tables):
+        asked[experiment.key][cell.test].add(cell.metric_of(experiment))
+        tests[experiment.key].update(experiment.tests)
+    runs = {experiment.key: experiment for _, experiment in _read(wanted)}
+    complete = [
+        replace(run, tests=tests[key], measures={test: sorted(asked[key][test]) for test in sorted(asked[key])})
+        for key, run in runs.items()
+    ]
     return sorted(complete, key=lambda run: run.seed)
+
+
+def _read(tables: list[PaperTable]) -> Iterator[tuple[Cell, Experiment]]:
+    for table in tables:
+        for cell in table.cells.values():
+            for experiment in cell.experiments:
+                yield cell, experiment
 
 
 def versions_of(keys: frozenset[str], results: Results) -> set[str]:
