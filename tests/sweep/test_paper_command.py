@@ -9,6 +9,7 @@ import yaml
 
 from anomalib_pack.sweep import Sweep
 from anomalib_pack.sweep.job import SweepJob
+from anomalib_pack.sweep.papers import costs
 from anomalib_pack.sweep.results import read_rows
 
 SCALED = "sweep_models.Scaled"
@@ -176,3 +177,37 @@ def test_dry_run(here: Path, paper: Path, capfd) -> None:
     path.write_text(yaml.safe_dump(content))
     assert command("--config", paper, "--dry_run") == 2
     assert "there is no category bottles, but bottle, cable" in capfd.readouterr().err
+
+
+def test_costs(here: Path, paper: Path, capfd, monkeypatch) -> None:
+    """Cells that `anomalib efficiency` measures: once, in the unit of the table; a model that fails is named."""
+    monkeypatch.setattr(costs, "in_own_process", lambda function, *arguments: function(*arguments))
+    small = {"name": "S", "class_path": "DistilledEfficientAd", "image_size": [256, 256]}
+    content = {
+        "title": "Costs",
+        "efficiency": {"warmup": 0, "passes": 1, "runs": 1, "batch_sizes": [], "models": [small]},
+        "rows": [{"name": "Parameters", "measure": "parameters", "divide": 1e6}],
+        "columns": [{"model": ["S"]}],
+        "published": {"Parameters": [8]},
+    }
+    path = paper / "table_3.yaml"
+    path.write_text(yaml.safe_dump(content))
+    assert command("--config", path) == 0
+    cell = cells(here, "table_3")["Parameters", "S"]
+    assert float(cell["measured"]) == pytest.approx(8.06, abs=0.005)  # docs/efficiency.md
+    assert cell["significant"] == ""
+    assert "torch" in cell["versions"]
+
+    monkeypatch.setattr(costs, "in_own_process", lambda *_arguments: pytest.fail("measured again"))
+    assert command("--config", path) == 0
+
+    monkeypatch.setattr(costs, "in_own_process", lambda *_arguments: {"error": "out of\nmemory", "traceback": ""})
+    content["efficiency"]["precision"] = "float16"
+    path.write_text(yaml.safe_dump(content))
+    capfd.readouterr()
+    assert command("--config", path) == 1
+    assert "S failed: out of memory" in capfd.readouterr().out
+    content["efficiency"]["passes"] = 0
+    path.write_text(yaml.safe_dump(content))
+    assert command("--config", path, "--dry_run") == 2
+    assert "efficiency: " in capfd.readouterr().err
