@@ -11,12 +11,10 @@ import yaml
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import AnomalibDataModule, get_datamodule
 from anomalib.models import AnomalibModule
-from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from anomalib.utils.path import convert_to_snake_case
 from jsonargparse import Namespace
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
-SWEEPS = [path for path in CONFIGS if "benchmark" in yaml.safe_load(path.read_text())]
 MODELS = [path for path in CONFIGS if path.parent.name == "model"]
 RUNS = [path for path in CONFIGS if path not in MODELS and "model" in yaml.safe_load(path.read_text())]
 WITH_DATA = [
@@ -79,18 +77,6 @@ def holds(parsed: object, given: object) -> bool:
     if isinstance(given, dict):
         return isinstance(parsed, dict) and all(holds(parsed.get(key), value) for key, value in given.items())
     return parsed == given
-
-
-@pytest.mark.parametrize("path", SWEEPS, ids=name_of)
-def test_sweep(path: Path) -> None:
-    sweep = yaml.safe_load(path.read_text())["benchmark"]
-    jobs = list(get_iterator_from_grid_dict(sweep))
-    assert len(jobs) > 1
-    for job in jobs:
-        for part, module in (("model", anomalib.models), ("data", anomalib.data)):
-            target = getattr(module, job[part]["class_path"])
-            inspect.signature(target).bind(**job[part].get("init_args", {}))
-        get_datamodule(job["data"])
 
 
 @pytest.mark.parametrize("path", WITH_DATA, ids=name_of)

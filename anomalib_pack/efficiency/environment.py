@@ -16,7 +16,7 @@ FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cu11")  # distri
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, its name, number of CPU threads, and versions; an empty version where a library is not installed."""
-    versions = {name: _version(distribution) for name, distribution in LIBRARIES.items()}
+    versions = library_versions()
     faiss = next(filter(None, map(_version, FAISS)), "")
     return {
         "device": str(device),
@@ -27,6 +27,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if device.type == "cuda" else "",
         "python": platform.python_version(),
     }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that results depend on; an empty one where a library is not installed."""
+    return {name: _version(distribution) for name, distribution in LIBRARIES.items()}
 
 
 def _version(distribution: str) -> str:

@@ -26,7 +26,7 @@ from anomalib_pack.efficiency.report import (
     write_csv,
     write_markdown,
 )
-from anomalib_pack.efficiency.settings import Entry, Settings, entries
+from anomalib_pack.efficiency.settings import Entry, Settings, check_device, entries
 from anomalib_pack.files import replace_file
 from anomalib_pack.process import in_own_process
 
@@ -61,6 +61,7 @@ class Efficiency(Pipeline):
         args = parser.parse_args() if args is None else args
         settings = Settings(**{field.name: args[field.name] for field in fields(Settings)})
         try:
+            check_device(settings.device)
             models = entries(settings)
             accuracy = read_accuracy(settings.results, settings.metric) if settings.results else {}
             # A time, as `anomalib benchmark` names its folders.

@@ -85,10 +85,8 @@ def entries(settings: Settings) -> list[Entry]:
     """The models to measure.
 
     Raises:
-        ValueError: If an entry has an unknown key, lacks its class or has an impossible value, if a name is used twice,
-            or if the device is not there.
+        ValueError: If an entry has an unknown key, lacks its class or has an impossible value, or a name is used twice.
     """
-    _check_device(settings.device)
     found = [_entry(position, given, settings) for position, given in enumerate(settings.models)]
     names = [entry.name for entry in found]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -122,7 +120,12 @@ def _entry(position: int, given: dict[str, Any], settings: Settings) -> Entry:
     return entry
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
+    """Check that a device is there.
+
+    Raises:
+        ValueError: If not.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:

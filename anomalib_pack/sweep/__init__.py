@@ -11,9 +11,12 @@ From the outside in::
     components.py   models, data and trainer arguments out of a configuration, as `anomalib train` reads them
     job.py          one experiment in a process of its own
     experiment.py   what happens in that process
+    metrics.py      metrics by their names, where tables of papers ask for them
     throughput.py   images per second
     results.py      results.csv
+    rehearsal.py    what is done, and whether everything can be built, before anything runs
     tables.py       mean and standard deviation over seeds, as Markdown and on the console
+    papers/         tables of papers: which jobs their cells are read off, and the published numbers beside them
 """
 
 from anomalib_pack.sweep.pipeline import Sweep

@@ -7,6 +7,8 @@ e.g. an evaluator.
 from __future__ import annotations
 
 import inspect
+from copy import deepcopy
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -83,6 +85,27 @@ def find_class(section: str, class_path: str, where: str) -> type:
     return found
 
 
+def without_defaults(section: str, given: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the arguments that are the defaults of its class."""
+    defaults = _defaults(find_class(section, given["class_path"], section))
+    kept = {
+        name: value
+        for name, value in given.get("init_args", {}).items()
+        if name not in defaults or defaults[name] != value
+    }
+    return {"class_path": given["class_path"], "init_args": kept}
+
+
+@cache
+def _defaults(cls: type) -> dict[str, Any]:
+    parameters = inspect.signature(cls).parameters.values()
+    return {
+        each.name: list(each.default) if isinstance(each.default, tuple) else each.default
+        for each in parameters
+        if each.default is not each.empty
+    }
+
+
 def _is_component(value: Any, base: type) -> bool:
     return isinstance(value, type) and issubclass(value, base) and value is not base
 
@@ -104,7 +127,7 @@ def _parse(
     # The class itself is not the parser's to build, as it would hide the errors of the constructor in one of its own.
     parser.add_class_arguments(cls, _KEY, instantiate=False, fail_untyped=False)
     try:
-        return parser, parser.parse_object({_KEY: given})
+        return parser, parser.parse_object({_KEY: deepcopy(given)})  # which is changed where it is nested
     except ArgumentError as error:
         msg = f"{where}: {' '.join(str(error).split())}"
         raise ValueError(msg) from error

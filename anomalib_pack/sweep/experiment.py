@@ -16,12 +16,15 @@ from threading import Thread
 from typing import Any
 
 from anomalib.engine import Engine
+from anomalib.models import AnomalibModule
 
 from anomalib_pack.callbacks import SeedEverything
+from anomalib_pack.post_processing import RankPreservingPostProcessor
 from anomalib_pack.progress import ProgressLines
 from anomalib_pack.resuming import KeepTraining
 from anomalib_pack.sweep.components import build_component, build_trainer_arguments
-from anomalib_pack.sweep.settings import Experiment
+from anomalib_pack.sweep.metrics import evaluator_of
+from anomalib_pack.sweep.settings import Experiment, model_of_test
 from anomalib_pack.sweep.throughput import Throughput
 
 STDOUT, STDERR = 1, 2
@@ -53,23 +56,34 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
     """Build model and data, fit and test. As in `anomalib benchmark`, neither checkpoints nor pictures are kept.
 
     Returns:
-        Durations in seconds, throughput in images per second, and every test metric.
+        Durations in seconds, throughput in images per second, and every test metric; those of further tests have the
+        name of the test and a slash before theirs.
     """
     start = time.perf_counter()
     # First of all, so that the seed controls the initial weights. `anomalib benchmark` seeds after the model is built.
     seeding, throughput = SeedEverything(experiment.seed), Throughput()
-    model = build_component("model", experiment.model)
-    model.visualizer = None  # pictures are not kept
+    model = build_model(experiment)
     datamodule = build_component("data", experiment.data)
     arguments = build_trainer_arguments(experiment.trainer)
     ours = [seeding, throughput, KeepTraining(save_minutes=0), ProgressLines()]
     callbacks = [*ours, *_as_list(arguments.pop("callbacks", None))]
+    tests = ["", *experiment.tests] if experiment.measures is None else list(experiment.measures)
+    metrics: dict[str, float] = {}
     with TemporaryDirectory() as folder:
         engine = Engine(callbacks, default_root_dir=folder, accelerator=experiment.accelerator, **arguments)
         fit_start = time.perf_counter()
         engine.fit(model, datamodule=datamodule)
         test_start = time.perf_counter()
-        (metrics,) = engine.test(model, datamodule=datamodule)
+        if "" in tests:
+            (metrics,) = engine.test(model, datamodule=datamodule)
+        if any(tests):
+            checkpoint = Path(folder, "trained.ckpt")
+            engine.trainer.save_checkpoint(checkpoint)
+        for test in filter(None, tests):
+            data = build_component("data", experiment.tests[test].get("data", experiment.data))
+            tested = build_model(experiment, test)
+            (found,) = engine.test(tested, datamodule=data, ckpt_path=checkpoint)
+            metrics |= {f"{test}/{name}": value for name, value in found.items()}
         end = time.perf_counter()
     return {
         "job_duration": round(end - start, 2),
@@ -78,6 +92,27 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
         "throughput": round(throughput.images_per_second, 3),
         **metrics,
     }
+
+
+def build_model(experiment: Experiment, test: str = "") -> AnomalibModule:
+    """Build the model as it is trained, or for one of its further tests.
+
+    Where metrics are asked for, it gets an evaluator that has them, and one of Anomalib's own a post-processor that
+    keeps the ranking of the scores, as those of the pack have.
+    """
+    model = build_component("model", model_of_test(experiment, test))
+    model.visualizer = None  # pictures are not kept
+    if experiment.measures is not None:
+        model.evaluator = evaluator_of(experiment.measures.get(test, []), experiment.map_size)
+        if is_stock(model):
+            model.post_processor = RankPreservingPostProcessor()
+    return model
+
+
+def is_stock(model: AnomalibModule | type[AnomalibModule]) -> bool:
+    """Whether a model is one of Anomalib's own."""
+    cls = model if isinstance(model, type) else type(model)
+    return cls.__module__.startswith("anomalib.")
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from anomalib.pipelines.types import PREV_STAGE_RESULT
 from anomalib.utils.config import flatten_dict
 from tqdm import tqdm
 
+from anomalib_pack.efficiency.environment import library_versions
 from anomalib_pack.process import in_own_process
 from anomalib_pack.sweep.experiment import end_with_parent, one_line, run_or_error
 from anomalib_pack.sweep.results import write_row
@@ -64,6 +66,7 @@ class SweepJob(Job):
         except OSError as error:  # e.g. a full disk; without its row the job runs again when the sweep is resumed
             row["error"] = one_line(error)
             again = f"anomalib sweep --config {self.folder / 'config.yaml'} --resume {self.folder}"
+            again = again if self.experiment.measures is None else "the same command"
             tqdm.write(f"[{self.place}] {error.strerror} Resume with {again}. What is not in it: {results}")
         outcome = "failed" if row["error"] else "done"
         tqdm.write(f"[{self.place}] {outcome} after {time.perf_counter() - start:.0f} s")
@@ -72,7 +75,15 @@ class SweepJob(Job):
     def _description(self) -> dict[str, Any]:
         experiment = self.experiment
         names = {"model": experiment.model_name, "dataset": experiment.dataset, "row": experiment.row}
-        return {"job": experiment.key, **names, "error": "", **flatten_dict(experiment.config)}
+        asked = {} if experiment.measures is None else {"measured": json.dumps(experiment.asked, sort_keys=True)}
+        return {
+            "job": experiment.key,
+            **names,
+            "error": "",
+            **flatten_dict(experiment.config),
+            **library_versions(),
+            **asked,
+        }
 
     @staticmethod
     def collect(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

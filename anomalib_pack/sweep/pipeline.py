@@ -15,8 +15,11 @@ from rich.console import Console
 
 from anomalib_pack.files import replace_file
 from anomalib_pack.sweep.job import LOGS, RESULTS, SweepJobGenerator
-from anomalib_pack.sweep.results import read_rows
-from anomalib_pack.sweep.settings import Plan, read_plan
+from anomalib_pack.sweep.papers import command as papers
+from anomalib_pack.sweep.papers.files import is_table, locate
+from anomalib_pack.sweep.rehearsal import list_jobs, rehearse
+from anomalib_pack.sweep.results import is_done, read_rows
+from anomalib_pack.sweep.settings import Experiment, Plan, read_plan
 from anomalib_pack.sweep.tables import NOTE, console_tables, markdown, metric_tables
 
 CONFIG = "config.yaml"
@@ -39,6 +42,20 @@ class Sweep(Benchmark):
                 type=Path | None,
                 help="Folder of an earlier sweep: its successful jobs are kept, those that failed are tried again.",
             )
+            parser.add_argument(
+                "--store",
+                type=Path,
+                default=Path("runs", "papers"),
+                help="Folder of the runs that tables of papers read; each is run once, whichever table asks first.",
+            )
+            parser.add_argument(
+                "--dry_run",
+                action="store_true",
+                help="Check all and build models without weights or memory; run nothing.",
+            )
+            parser.add_argument(
+                "--list", action="store_true", help="Print the jobs and what of them is done; run nothing."
+            )
         return parser
 
     def run(self, args: Namespace | None = None) -> None:
@@ -54,17 +71,46 @@ class Sweep(Benchmark):
         parser = self.get_parser()
         args = parser.parse_args() if args is None else args
         try:
-            plan = read_plan(self._get_args(args))
-            _check_devices(plan.accelerators)
-            folder = _folder(args.resume)
-            config = Path(args.config).read_bytes()
-            (folder / LOGS).mkdir(parents=True, exist_ok=True)
-            replace_file(folder / CONFIG, config)
+            path = locate(args.config)
+            config = "" if path.is_dir() else path.read_text(encoding="utf-8")
+            content = yaml.safe_load(config)
+            of_papers = path.is_dir() or is_table(content)
+            plan = papers.read_plan(path) if of_papers else read_plan(content)
+            if not (of_papers or args.dry_run or args.list):
+                _check_devices(plan.accelerators)
+            folder = args.store if of_papers else _folder(args.resume)
         except (OSError, ValueError, yaml.YAMLError) as error:
             parser.error(str(error))
+
+        if args.list:
+            list_jobs(plan.experiments, _rows(folder))
+        elif args.dry_run:
+            try:
+                rehearse(plan.experiments)
+            except ValueError as error:
+                parser.error(str(error))
+        elif of_papers:
+            self._run_papers(plan, folder)
+        else:
+            try:
+                (folder / LOGS).mkdir(parents=True, exist_ok=True)
+                replace_file(folder / CONFIG, config.encode())
+            except OSError as error:  # e.g. a full disk
+                parser.error(str(error))
+            self._run_sweep(plan, folder)
+
+    def _run_papers(self, plan: papers.Plan, store: Path) -> None:
+        def run(experiments: list[Experiment]) -> None:
+            for runner in self._setup_runners({"accelerator": sorted({each.accelerator for each in experiments})}):
+                runner.run({"experiments": experiments, "folder": store})
+
+        if papers.run_plan(plan, store, run):
+            raise SystemExit(1)
+
+    def _run_sweep(self, plan: Plan, folder: Path) -> None:
         Console().print(f"Results: {folder}", soft_wrap=True)
-        done = {row["job"] for row in read_rows(folder / RESULTS) if not row["error"]}
-        pending = [experiment for experiment in plan.experiments if experiment.key not in done]
+        results = _rows(folder)
+        pending = [experiment for experiment in plan.experiments if not is_done(experiment, results)]
         for runner in self._setup_runners({"accelerator": plan.accelerators}):
             runner.run({"experiments": pending, "folder": folder})
         if _report(plan, folder):
@@ -95,9 +141,14 @@ def _folder(resume: Path | None) -> Path:
     return resume
 
 
+def _rows(folder: Path) -> dict[str, dict[str, str]]:
+    """Rows by job."""
+    return {row["job"]: row for row in read_rows(folder / RESULTS)}
+
+
 def _report(plan: Plan, folder: Path) -> bool:
     """Write and print the tables and the jobs that failed; return whether there are any."""
-    results = {row["job"]: row for row in read_rows(folder / RESULTS)}
+    results = _rows(folder)
     tables = metric_tables(plan, results)
     failed = {
         experiment.title: (shorten(error, ERROR_WIDTH, placeholder=" ..."), folder / LOGS / f"{experiment.key}.log")

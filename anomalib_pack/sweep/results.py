@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from anomalib_pack.files import replace_file
+from anomalib_pack.sweep.settings import Experiment
 
 FIRST = ["job", "model", "dataset", "row", "error"]
 CONFIG = ("accelerator", "seed", "model.", "data.", "trainer.")  # beginnings of columns
@@ -40,6 +42,25 @@ def write_row(row: dict[str, Any], path: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
         replace_file(path, text.getvalue().encode())
+
+
+def is_done(experiment: Experiment, results: dict[str, dict[str, str]]) -> bool:
+    """Whether an experiment has succeeded and measured all that is asked of it.
+
+    Args:
+        experiment: With `measures` or without.
+        results: Rows by job.
+    """
+    row = results.get(experiment.key)
+    if row is None or row["error"]:
+        return False
+    there = json.loads(row.get("measured") or "{}")
+    return all(
+        test in there
+        and there[test]["recipe"] == asked["recipe"]
+        and set(asked["metrics"]) <= set(there[test]["metrics"])
+        for test, asked in experiment.asked.items()
+    )
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:

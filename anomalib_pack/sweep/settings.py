@@ -6,20 +6,23 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from typing import Any
 
 from anomalib_pack.checks import check_keys
-from anomalib_pack.sweep.components import check_component, check_trainer
+from anomalib_pack.sweep.components import check_component, check_trainer, without_defaults
 from anomalib_pack.sweep.grid import differences, expand
 
 KEYS = ["models", "data", "seeds", "trainer", "accelerator", "metrics", "benchmark"]
-MODEL_KEYS = ["class_path", "init_args", "trainer", "data_args", "name"]
-DATA_KEYS = ["class_path", "init_args", "name"]
+MODEL_KEYS = ["class_path", "init_args", "trainer", "data_args", "name", "seeds", "by_data", "tests"]
+DATA_KEYS = ["class_path", "init_args", "name", "group", "instead", "tests"]
+BY_DATA_KEYS = ["init_args", "trainer", "data_args"]  # of a model's settings for one data set or category
+TEST_KEYS = ["init_args", "data", "group"]
 BENCHMARK_KEYS = ["model", "data", "seed"]  # of a configuration of `anomalib benchmark`
 ACCELERATORS = ["cpu", "cuda"]  # as in `anomalib benchmark`
-CATEGORY = "init_args.category"
+CATEGORY, CATEGORIES = "init_args.category", "init_args.categories"
 METRICS = ["image_AUROC", "pixel_AUROC", "pixel_AUPRO"]
 SEED_LIMIT = 2**32
 
@@ -39,6 +42,12 @@ class Experiment:
         model_name: Column in the tables.
         dataset: The table, one per data set.
         row: Row in the table, e.g. the category; empty if the data set has one experiment per model and seed.
+        tests: Further tests of the trained model by name: each with `init_args` of the model that differ and perhaps
+            other `data`.
+        group: Group whose values count in tables of papers; empty for those of all images.
+        instead: Metrics that stand for others in tables of papers, e.g. AUC-sPRO for AUPRO.
+        map_size: At what size maps are compared with masks where metrics are asked for, as ``GroupEvaluator`` has it.
+        measures: Metrics of each test by its name, which is empty for the first. None: what the model's evaluator has.
     """
 
     model: Config
@@ -49,6 +58,11 @@ class Experiment:
     model_name: str
     dataset: str
     row: str
+    tests: Config = field(default_factory=dict)
+    group: str = ""
+    instead: dict[str, str] = field(default_factory=dict)
+    map_size: str = "input"
+    measures: dict[str, list[str]] | None = None
 
     @property
     def config(self) -> Config:
@@ -56,16 +70,39 @@ class Experiment:
         names = ("accelerator", "seed", "model", "data", "trainer")
         return {name: getattr(self, name) for name in names}
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """Hash of the configuration, by which a resumed sweep recognises what it has done."""
-        text = json.dumps(self.config, sort_keys=True, default=str)  # YAML has dates, JSON has none
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """Hash of the configuration, by which a resumed sweep recognises what it has done.
+
+        Where metrics are asked for, it is that of the training: device and tests do not count, and arguments that are
+        the defaults of their class are as good as none.
+        """
+        if self.measures is None:
+            return fingerprint(self.config | ({"tests": self.tests} if self.tests else {}))
+        parts = {section: without_defaults(section, getattr(self, section)) for section in ("model", "data")}
+        return fingerprint({**parts, "trainer": self.trainer, "seed": self.seed})
+
+    @property
+    def asked(self) -> dict[str, Config]:
+        """What is measured: metrics and a hash of what is tested, for each test by its name."""
+        return {
+            name: {
+                "metrics": sorted(metrics),
+                "recipe": fingerprint({**self.tests.get(name, {}), "map_size": self.map_size}),
+            }
+            for name, metrics in (self.measures or {}).items()
+        }
 
     @property
     def title(self) -> str:
         """Name for messages."""
         return f"{self.model_name}, {self.dataset}{f' {self.row}' if self.row else ''}, seed {self.seed}"
+
+
+def fingerprint(config: Config) -> str:
+    """Hash of a configuration."""
+    text = json.dumps(config, sort_keys=True, default=str)  # YAML has dates, JSON has none
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -90,25 +127,49 @@ def read_plan(config: Any) -> Plan:
     check_keys(config, KEYS, "the configuration")
     config = _without_benchmark(config) if "benchmark" in config else config
     accelerators, metrics = _accelerators(config), _metrics(config)
-    models = _models(_list(config.get("models"), "models"), config.get("trainer") or {})
-    data = _data(_list(config.get("data"), "data"))
-    combinations = product(accelerators, _seeds(config), data, models)
-    experiments = [_experiment(*combination, several=len(accelerators) > 1) for combination in combinations]
-    _check_all(experiments)
+    experiments = read_experiments(config, accelerators)
+    check_experiments(experiments)
     return Plan(experiments, accelerators, metrics)
 
 
+def read_experiments(config: Config, accelerators: list[str]) -> list[Experiment]:
+    """List the experiments of a configuration with `models`, `data`, `seeds` and `trainer`.
+
+    Raises:
+        ValueError: If anything is unknown, empty, or of a wrong type, classes and their arguments apart.
+    """
+    models = _models(_list(config.get("models"), "models"), config.get("trainer") or {})
+    data = _data(_list(config.get("data"), "data"))
+    _check_by_data(models, data)
+    for model in models:
+        model["seeds"] = _seeds(model if "seeds" in model else config)
+    seeds = dict.fromkeys(seed for each in [{"seeds": _seeds(config)}, *models] for seed in each["seeds"])
+    return [
+        _experiment(accelerator, seed, of_data, model, several=len(accelerators) > 1)
+        for accelerator, seed, of_data, model in product(accelerators, seeds, data, models)
+        if seed in model["seeds"]
+    ]
+
+
 def _experiment(accelerator: str, seed: int, data: Config, model: Config, *, several: bool) -> Experiment:
-    init_args = {**data.get("init_args", {}), **model["data_args"]}
+    changes = [model["by_data"].get(name, {}) for name in (data["name"], data["label"])]  # of the category go before
+
+    def merged(key: str, given: Config) -> Config:
+        return {**given, **{name: value for change in changes for name, value in change.get(key, {}).items()}}
+
+    data_args = merged("data_args", model["data_args"])
     return Experiment(
-        model={"class_path": model["class_path"], "init_args": model.get("init_args", {})},
-        data={"class_path": data["class_path"], "init_args": init_args},
-        trainer=model["trainer"],
+        model={"class_path": model["class_path"], "init_args": merged("init_args", model.get("init_args", {}))},
+        data={"class_path": data["class_path"], "init_args": {**data.get("init_args", {}), **data_args}},
+        trainer=merged("trainer", model["trainer"]),
         seed=seed,
         accelerator=accelerator,
         model_name=f"{model['label']} {accelerator}" if several else model["label"],
         dataset=data["name"],
         row=data["label"],
+        tests={**data.get("tests", {}), **model.get("tests", {})},
+        group=data.get("group", ""),
+        instead=data.get("instead", {}),
     )
 
 
@@ -141,7 +202,9 @@ def _models(given: list[Config], trainer: Config) -> list[Config]:
         where = f"models[{position}]"
         _check_entry(entry, MODEL_KEYS, where)
         _check_mapping(entry.get("trainer", {}), f"{where}.trainer")
-        merged = {"data_args": {}, **entry, "trainer": {**trainer, **entry.get("trainer", {})}}
+        _check_nested(entry, "by_data", BY_DATA_KEYS, where)
+        _check_nested(entry, "tests", TEST_KEYS, where)
+        merged = {"data_args": {}, "by_data": {}, **entry, "trainer": {**trainer, **entry.get("trainer", {})}}
         found += _expanded(merged, where)
     return _label(found, _model_labels)
 
@@ -151,6 +214,8 @@ def _data(given: list[Config]) -> list[Config]:
     for position, entry in enumerate(given):
         where = f"data[{position}]"
         _check_entry(entry, DATA_KEYS, where)
+        _check_nested(entry, "tests", TEST_KEYS, where)
+        _check_mapping(entry.get("instead", {}), f"{where}.instead")
         found += _expanded(entry, where)
     return _label(found, _row_labels)
 
@@ -184,8 +249,14 @@ def _model_labels(name: str, differing: list[Config]) -> list[str]:
 
 def _row_labels(_name: str, differing: list[Config]) -> list[str]:
     """The categories if they alone tell the data apart, otherwise all that differs."""
-    categories = [str(each.get(CATEGORY, "")) for each in differing]
+    categories = [_category(each) for each in differing]
     return categories if len(set(categories)) == len(categories) else [_text(each) for each in differing]
+
+
+def _category(differing: Config) -> str:
+    """The category, also of a data set that takes several and has one."""
+    several = differing.get(CATEGORIES, [])
+    return str(several[0] if isinstance(several, list) and len(several) == 1 else differing.get(CATEGORY, ""))
 
 
 def _text(differing: Config) -> str:
@@ -242,20 +313,67 @@ def _check_entry(entry: Any, allowed: list[str], where: str) -> None:
         raise ValueError(msg)  # noqa: TRY004  # likewise
 
 
-def _check_all(experiments: list[Experiment]) -> None:
-    """Check every class with its arguments once, and that no experiment is there twice."""
+def _check_nested(entry: Config, key: str, allowed: list[str], where: str) -> None:
+    """Check a mapping of names to mappings of mappings."""
+    _check_mapping(entry.get(key, {}), f"{where}.{key}")
+    for name, given in entry.get(key, {}).items():
+        inner = f"{where}.{key}.{name}"
+        _check_mapping(given, inner)
+        check_keys(given, allowed, inner)
+        for part, value in given.items():
+            if part != "group":
+                _check_mapping(value, f"{inner}.{part}")
+
+
+def _check_by_data(models: list[Config], data: list[Config]) -> None:
+    """Check that settings for a data set or a category are for one that is there."""
+    known = dict.fromkeys(name for each in data for name in (each["name"], each["label"]) if name)
+    for model in models:
+        check_keys(model["by_data"], list(known), f"by_data of model {model['label']}")
+
+
+def _sections(experiment: Experiment) -> list[tuple[str, Config, str]]:
+    """All that is built: a section, what is given for it and what it is called in an error."""
+    model, data = f"model {experiment.model_name}", f"data {experiment.dataset} {experiment.row}".rstrip()
+    parts = [
+        ("model", experiment.model, model),
+        ("data", experiment.data, f"{data} of {model}"),
+        ("trainer", experiment.trainer, f"trainer of {model}"),
+    ]
+    for name, test in experiment.tests.items():
+        parts += [
+            ("model", model_of_test(experiment, name), f"test {name} of {model}"),
+            ("data", test.get("data", experiment.data), f"test {name} of {data}"),
+        ]
+    return parts
+
+
+def _any_category(given: Config) -> Config:
+    """A configuration without the names of categories, which are of the same type in all jobs."""
+    named = {key: value for key, value in given.get("init_args", {}).items() if key in {"category", "categories"}}
+    types = {key: type(value).__name__ for key, value in named.items()}
+    return {**given, "init_args": {**given.get("init_args", {}), **types}}
+
+
+def model_of_test(experiment: Experiment, test: str) -> Config:
+    """The trained model's configuration with what a test changes."""
+    changed = experiment.tests[test].get("init_args", {}) if test else {}
+    return experiment.model | {"init_args": {**experiment.model["init_args"], **changed}}
+
+
+def check_experiments(experiments: list[Experiment]) -> None:
+    """Check every class with its arguments once, and that no experiment is there twice.
+
+    Raises:
+        ValueError: If not. The message says what is allowed.
+    """
     seen: set[str] = set()
     titles: dict[str, str] = {}
     for experiment in experiments:
-        checks = (
-            ("model", experiment.model, f"model {experiment.model_name}"),
-            ("data", experiment.data, f"data {experiment.dataset} {experiment.row} of model {experiment.model_name}"),
-            ("trainer", experiment.trainer, f"trainer of model {experiment.model_name}"),
-        )
-        for section, given, where in checks:
-            fingerprint = f"{section} {json.dumps(given, sort_keys=True, default=str)}"
-            if fingerprint not in seen:
-                seen.add(fingerprint)
+        for section, given, where in _sections(experiment):
+            print_of = f"{section} {fingerprint(_any_category(given))}"
+            if print_of not in seen:
+                seen.add(print_of)
                 check_trainer(given, where) if section == "trainer" else check_component(section, given, where)
         if experiment.key in titles:
             msg = f"{experiment.title} is the same job as {titles[experiment.key]}."

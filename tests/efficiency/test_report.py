@@ -9,7 +9,7 @@ from rich.console import Console
 from anomalib_pack.efficiency.accuracy import read_accuracy
 from anomalib_pack.efficiency.plot import plot_latency
 from anomalib_pack.efficiency.report import console_table, write_csv, write_markdown
-from anomalib_pack.efficiency.settings import DEFAULT_DATA, Settings, entries
+from anomalib_pack.efficiency.settings import DEFAULT_DATA, Settings, check_device, entries
 
 MEASURED = {
     "image_size": "256 x 256",
@@ -148,4 +148,4 @@ def test_impossible_entries(models: list[dict], message: str) -> None:
 @pytest.mark.parametrize("device", ["tpu", "mps", "cuda:99"])
 def test_impossible_device(device: str) -> None:
     with pytest.raises(ValueError, match="device"):
-        entries(Settings(models=[], device=device))
+        check_device(device)

@@ -9,7 +9,6 @@ import yaml
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import AnomalibDataModule
 from anomalib.metrics import Evaluator
-from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from anomalib.pre_processing import PreProcessor
 from jsonargparse import ArgumentParser
 from torchvision.transforms.v2 import (
@@ -23,7 +22,6 @@ from torchvision.transforms.v2 import (
 
 from anomalib_minimaxad import MiniMaxAd
 from anomalib_pack.data import AeBAD, MultiCategory
-from anomalib_pack.sweep.settings import read_plan
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "minimaxad"
 
@@ -40,8 +38,6 @@ ROWS = {
     "goods_ad": ("fr", 0.01, 5, 224, 240),
 }
 HALVES = {"aebad_mvtec_ad_test_aebad": AeBAD, "aebad_mvtec_ad_test_mvtec_ad": MultiCategory}
-BENCHMARKS = {"table4": 4, "table5": 8}  # jobs
-SWEEPS = {"table10": 4 * 6, "table11": 9 * 6}  # jobs; GoodsAD has six categories
 
 
 def read(name: str) -> dict:
@@ -49,7 +45,7 @@ def read(name: str) -> dict:
 
 
 def test_each_row_has_a_file() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*ROWS, *HALVES, *BENCHMARKS, *SWEEPS}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*ROWS, *HALVES}
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -153,25 +149,3 @@ def build(base: type, config: dict) -> object:
     parser = ArgumentParser()
     parser.add_subclass_arguments(base, "part")
     return parser.instantiate_classes(parser.parse_object({"part": config})).part
-
-
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_benchmark(name: str) -> None:
-    jobs = list(get_iterator_from_grid_dict(read(name)["benchmark"]))
-    assert len(jobs) == BENCHMARKS[name]
-    assert jobs[0]["data"]["init_args"]["train_batch_size"] == 16
-    assert jobs[0]["seed"] == 111
-
-
-@pytest.mark.parametrize("name", SWEEPS)
-def test_sweep(name: str) -> None:
-    """As goods_ad.yaml, but for what the table compares."""
-    jobs, alone = read_plan(read(name)).experiments, read("goods_ad")
-    assert len(jobs) == SWEEPS[name]
-    for job in jobs:
-        model, data = dict(job.model["init_args"]), dict(job.data["init_args"])
-        assert model.pop("pre_processor") == alone["model"]["init_args"]["pre_processor"]
-        assert model.keys() <= {"loss", "p_lim", "p_hard"}
-        assert data | {"category": "cigarette_box"} == alone["data"]["init_args"]
-        assert job.trainer == {"max_epochs": alone["trainer"]["max_epochs"]}
-        assert job.seed == 111

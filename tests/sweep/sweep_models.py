@@ -43,3 +43,15 @@ class Adjustable(TinyModel):
 
 class Kolektor(MVTecLoco):
     """A namesake of one of Anomalib's datamodules, which knows nothing of this folder format."""
+
+
+class Scaled(TinyModel):
+    """Says with its metrics which factor and which weights are tested."""
+
+    def __init__(self, factor: float = 1.0, evaluator=True, post_processor=True):
+        super().__init__(evaluator=evaluator, post_processor=post_processor)
+        self.factor = factor
+
+    def test_step(self, batch, batch_idx):
+        self.log_dict({"factor": self.factor, "weight": float(self.model.encode.weight.detach().sum())})
+        return super().test_step(batch, batch_idx)

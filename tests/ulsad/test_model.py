@@ -1,5 +1,6 @@
 """ULSAD's networks, statistics and quantiles, and what its arguments switch."""
 
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from anomalib_ulsad.torch_model import (
 )
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "ulsad"
+PAPER = CONFIGS.parent / "papers" / "ulsad" / "runs"
 SMALL = {"backbone": "resnet18", "weights": None, "feature_dim": 8}
 IMAGES = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
 
@@ -66,8 +68,9 @@ def test_backbones_of_figure_7() -> None:
         "wide_resnet50_2.racm_in1k": "wide_resnet50_racm-8234f177.pth",
         "wide_resnet101_2.tv_in1k": "wide_resnet101_2-32ee1156.pth",
     }
-    config = yaml.safe_load((CONFIGS / "figure7.yaml").read_text())
-    assert config["benchmark"]["model"]["init_args"]["backbone"]["grid"] == list(files)
+    models = yaml.safe_load((PAPER / "backbones.yaml").read_text())["models"]
+    default = inspect.signature(Ulsad).parameters["backbone"].default
+    assert [model.get("init_args", {}).get("backbone", default) for model in models] == list(files)
     for name, file in files.items():
         assert timm.get_pretrained_cfg(name).url.endswith(file)
         backbone = FrozenBackbone(name, ["layer2", "layer3"], weights=None)
@@ -100,8 +103,9 @@ def test_final_activation() -> None:
     ],
 )
 def test_rows_of_table_3(global_loss: str | None, local_global: bool, outputs: int, terms: set[str]) -> None:
-    rows = yaml.safe_load((CONFIGS / "table3.yaml").read_text())["benchmark"]["model"]["init_args"]["grid"]
-    assert len(rows) == 10
+    models = yaml.safe_load((PAPER / "losses.yaml").read_text())["models"]
+    rows = [model["init_args"] for model in models]
+    assert [model["name"] for model in models] == [str(number) for number in range(1, 11)]
     for weight in (0.0, 0.5):
         losses = {"global_loss": global_loss, "local_global_loss": local_global}
         assert {"lambda_l": weight, "lambda_g": weight, **losses} in rows

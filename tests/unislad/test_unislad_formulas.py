@@ -444,7 +444,7 @@ def fused(scores: dict[str, float], w_i: float, w_ig: float, w: float) -> float:
 
 
 ABLATIONS = [
-    {"use_vit": False, "whitening": False, "image_distribution": False},  # Table III, as in configs/unislad/table3.yaml
+    {"use_vit": False, "whitening": False, "image_distribution": False},  # Table III, as in configs/papers/unislad
     {"use_cnn": False, "whitening": False, "image_distribution": False},
     {"whitening": False, "image_distribution": False},
     {"use_vit": False, "image_distribution": False},
