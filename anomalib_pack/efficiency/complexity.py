@@ -25,6 +25,16 @@ def parameter_count(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
+def learnable_count(network: nn.Module) -> int:
+    """Number of values in the parameters that training changes.
+
+    Example:
+        >>> learnable_count(nn.Linear(3, 2).requires_grad_(False))
+        0
+    """
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
 def flops(network: nn.Module, images: torch.Tensor) -> int:
     """Operations of a pass in convolutions (transposed ones too), matrix products and attention.
 

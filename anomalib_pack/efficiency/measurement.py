@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anomalib_pack.efficiency.complexity import flops, parameter_count, profiler_flops
+from anomalib_pack.efficiency.complexity import flops, learnable_count, parameter_count, profiler_flops
 from anomalib_pack.efficiency.environment import environment
 from anomalib_pack.efficiency.memory import bank_size, peak_mib, reset_peak
 from anomalib_pack.efficiency.models import build
@@ -97,6 +97,7 @@ def measure(entry: Entry, settings: Settings) -> dict[str, Any]:
         "runs": settings.runs,
         **row,
         "parameters": parameter_count(network),
+        "learnable_parameters": learnable_count(network),
         **bank_size(network, bank),
         **environment(device),
     }

@@ -254,9 +254,9 @@ def _row_labels(_name: str, differing: list[Config]) -> list[str]:
 
 
 def _category(differing: Config) -> str:
-    """The category, also of a data set that takes several and has one."""
-    several = differing.get(CATEGORIES, [])
-    return str(several[0] if isinstance(several, list) and len(several) == 1 else differing.get(CATEGORY, ""))
+    """The category, or those of a data set that takes several."""
+    several = differing.get(CATEGORIES) or []
+    return str(differing.get(CATEGORY, several if isinstance(several, str) else ", ".join(several)))
 
 
 def _text(differing: Config) -> str:

@@ -6,7 +6,7 @@ import torch
 from anomalib.models import get_model
 from torch import nn
 
-from anomalib_pack.efficiency.complexity import flops, parameter_count, profiler_flops
+from anomalib_pack.efficiency.complexity import flops, learnable_count, parameter_count, profiler_flops
 from anomalib_pack.efficiency.memory import bank_size, peak_mib, reset_peak
 
 CPU = torch.device("cpu")
@@ -25,7 +25,10 @@ LINEAR = 2 * 6 * (3 * 6 * 5)
 
 
 def test_parameters() -> None:
-    assert parameter_count(hand_counted()) == (2 * 4 * 9 + 4) + (4 * 3 * 4 + 3) + (6 * 5 + 5)
+    network = hand_counted()
+    assert parameter_count(network) == (2 * 4 * 9 + 4) + (4 * 3 * 4 + 3) + (6 * 5 + 5)
+    network[1].requires_grad_(requires_grad=False)
+    assert learnable_count(network) == (2 * 4 * 9 + 4) + (6 * 5 + 5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

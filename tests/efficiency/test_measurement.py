@@ -36,7 +36,7 @@ def test_row(precision: str) -> None:
     row = measure(entry(precision=precision), settings())
     assert row["precision"] == precision
     assert row["image_size"] == "32 x 32"  # the pre-processor's
-    assert row["parameters"] == (3 * 4 * 16 + 4) + (4 * 3 * 16 + 3)
+    assert row["parameters"] == row["learnable_parameters"] == (3 * 4 * 16 + 4) + (4 * 3 * 16 + 3)
     assert row["flops"] == 2 * 2 * (3 * 4 * 16) * 64  # convolution and transposed convolution on 8 x 8
     assert (row["bank"], row["bank_values"]) == ("", 0)
     for key in ("latency_mean_ms", "latency_std_ms", "latency_median_ms", "latency_p95_ms"):

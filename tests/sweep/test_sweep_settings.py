@@ -55,6 +55,29 @@ def test_jobs_are_a_product(tray) -> None:
     assert [experiment.seed for experiment in experiments[:14]] == [3] * 14  # whole tables after each seed
 
 
+@pytest.mark.parametrize(
+    ("class_path", "init_args", "expected"),
+    [
+        ("RealIAD", {"category": {"grid": ["audiojack", "zipper"]}}, ["audiojack", "zipper"]),
+        (
+            "MultiCategory",
+            {"dataset": "RealIAD", "categories": {"grid": [["audiojack"], ["mint", "zipper"], "all"]}},
+            ["audiojack", "mint, zipper", "all"],
+        ),
+        (
+            "RealIAD",
+            {"category": "mint", "resolution": {"grid": [256, 512]}},
+            ["resolution=256", "resolution=512"],
+        ),
+    ],
+)
+def test_rows_are_named_by_categories(class_path: str, init_args: dict, expected: list[str]) -> None:
+    """If these alone tell the data apart."""
+    data = {"class_path": class_path, "init_args": init_args}
+    experiments = read_plan({"models": [TINY], "data": [data]}).experiments
+    assert [experiment.row for experiment in experiments] == expected
+
+
 def test_key_is_of_the_configuration(tray) -> None:
     def key(model, data=tray, **others):
         return read_plan({"models": [model], "data": [data], **others}).experiments[0].key
