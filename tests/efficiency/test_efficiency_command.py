@@ -45,10 +45,10 @@ def test_command(tmp_path: Path) -> None:
 
 
 def test_failing_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def in_this_process(function: Callable, entry: Entry, settings: Settings) -> dict:
+    def in_this_process(function: Callable, measured: Callable, entry: Entry, settings: Settings) -> dict:
         if entry.name == "Killed":
             raise RuntimeError("the process was killed")
-        return function(entry, settings)
+        return function(measured, entry, settings)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipeline, "in_own_process", in_this_process)
