@@ -23,6 +23,7 @@ A map, from the outside in::
     training.py         how long models train, when they validate, and that a loss must be a number
     post_processing.py  scores -> normalised scores and decisions
     metrics/            evaluators that report per group
+    defect.py           a defect of an image, as MVTec LOCO counts it
     callbacks.py        callbacks for any model
     reading.py          refusing images that Anomalib's reader would misread
     checks.py           checks of arguments and data, before an epoch is wasted
@@ -31,6 +32,7 @@ A map, from the outside in::
     exporting.py        exports that see image files as the engine does
     defaults.py         what the models choose alike where Anomalib lets a model choose
     data_check/         `python -m anomalib_pack check`: one look at a data set
+    evaluation/         anomaly maps as files, and `python -m anomalib_pack evaluate`: their metrics
     tables.py           tables as plain text
     efficiency/         `anomalib efficiency`: latency, throughput, parameters, FLOPs, memory
     sweep/              `anomalib sweep`: many models, data sets and seeds

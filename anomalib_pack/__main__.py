@@ -1,6 +1,7 @@
 """`python -m anomalib_pack`: what is plugged into Anomalib, and the versions of what it runs on.
 
 `python -m anomalib_pack check --data CLASS ...` looks at a data set before a training.
+`python -m anomalib_pack evaluate --maps DIR --data CLASS ... --out OUT` computes metrics of anomaly maps in files.
 """
 
 import argparse
@@ -15,10 +16,10 @@ from anomalib_pack.tables import aligned
 
 
 def main() -> int:
-    """Print the table of plugins and the versions, or check a data set.
+    """Print the table of plugins and the versions, check a data set or evaluate maps.
 
     Returns:
-        Exit status: 1 if Anomalib or a plugin could not be loaded or the data set has an error, else 0.
+        Exit status: 1 if Anomalib or a plugin could not be loaded or the data or maps have an error, else 0.
     """
     if sys.argv[1:2] == ["check"]:
         from anomalib_pack.data_check.command import run  # noqa: PLC0415  # the table works without Anomalib
@@ -26,6 +27,15 @@ def main() -> int:
         text, errors = run(sys.argv[2:])
         print(text)
         return int(errors > 0)
+    if sys.argv[1:2] == ["evaluate"]:
+        from anomalib_pack.evaluation.command import run  # noqa: PLC0415  # as above
+
+        try:
+            run(sys.argv[2:])
+        except (OSError, RuntimeError, ValueError) as error:  # of data and maps; the message names the file
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return 0
     parser = argparse.ArgumentParser(prog="python -m anomalib_pack", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     as_json = parser.parse_args().json

@@ -3,6 +3,10 @@
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback, seed_everything
 
+from anomalib_pack.evaluation.write_maps import WriteMaps
+
+__all__ = ["SeedEverything", "WriteMaps"]
+
 
 class SeedEverything(Callback):
     """Makes runs repeatable, from Python and in configurations of the ``anomalib`` command.

@@ -153,6 +153,14 @@ class MultiCategory(LooksAtFiles, ReportsVanished, OptionalValidation, AnomalibD
         """Name of the folder that all images lie below."""
         return self.root.name
 
+    def datamodules(self) -> dict[str, AnomalibDataModule]:
+        """Return the datamodule of each category, which splits its images as they are split here.
+
+        Raises:
+            ValueError: If a category is not there.
+        """
+        return self._source.datamodules()
+
     def prepare_data(self) -> None:
         """Get the data set or the categories that are missing, as the wrapped datamodule does.
 
@@ -174,7 +182,7 @@ class MultiCategory(LooksAtFiles, ReportsVanished, OptionalValidation, AnomalibD
         Raises:
             ValueError: If a category is not there or has no training images.
         """
-        parts = self._source.datamodules()
+        parts = self.datamodules()
         for category, part in parts.items():
             with with_readable_names(part):
                 part.setup(stage)

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from anomalib_pack.data.image_files import map_files
 from anomalib_pack.progress import progress_bar
 
+from .defects import defect_errors
 from .facts import image_facts, mask_facts
 from .findings import Findings, find
 from .listing import list_images
@@ -45,5 +46,5 @@ def check(datamodule: AnomalibDataModule) -> tuple[str, int]:
         for path, found in zip(mask_paths, map_files(mask_facts, mask_paths), strict=True):
             masks[path] = found
             bar.update()
-    findings = find(images, facts, masks)
+    findings = find(images, facts, masks, *defect_errors(datamodule))
     return as_text(images, facts, findings), len(findings.errors)

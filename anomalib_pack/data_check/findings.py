@@ -24,13 +24,21 @@ class Findings:
     warnings: dict[str, list[str]]
 
 
-def find(images: Sequence[Listed], facts: Mapping[str, Facts], masks: Mapping[str, Facts]) -> Findings:
+def find(
+    images: Sequence[Listed],
+    facts: Mapping[str, Facts],
+    masks: Mapping[str, Facts],
+    wrong_defects: Sequence[str] = (),
+    missing_for_defects: Sequence[str] = (),
+) -> Findings:
     """Look for what is wrong.
 
     Args:
         images: What the datamodule lists.
         facts: Facts of each image.
         masks: Facts of each mask.
+        wrong_defects: What is wrong with defects, some of which is found here too.
+        missing_for_defects: What is missing to tell defects apart.
     """
     errors = [found.error for found in [*facts.values(), *masks.values()] if found.error]
     errors += [message for image in _unique(images) for message in _mask_errors(image, facts, masks)]
@@ -41,9 +49,12 @@ def find(images: Sequence[Listed], facts: Mapping[str, Facts], masks: Mapping[st
         f"masks with more than {MAX_VALUES} different values": _noisy(images, masks),
         "images of a kind that is not read, left out": [str(path) for path in _left_out(images)],
         "equal files": copies,
-        "not all there": list(_one_sided(images)),
+        "not all there": [*_one_sided(images), *missing_for_defects],
     }
-    return Findings(errors + leaks, {kind: found for kind, found in warnings.items() if found})
+    return Findings(
+        list(dict.fromkeys([*errors, *wrong_defects, *leaks])),
+        {kind: found for kind, found in warnings.items() if found},
+    )
 
 
 def _unique(images: Iterable[Listed]) -> list[Listed]:

@@ -10,6 +10,7 @@ Each metric is computed by its own class on fields of the test batches that are 
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -292,23 +293,32 @@ class GroupEvaluator(Evaluator):
 
     def _values(self, metrics: Sequence[AnomalibMetric], group: str, device: torch.device) -> dict[str, float]:
         """Values of the metrics whose fields exist, for a group or for all images."""
-        values = {}
-        curves: dict[tuple, RocCorners] = {}
+        values: dict[str, float] = {}
         for metric in metrics:
-            # Sorting the pixels is nearly all the work, and need not be done for each metric.
-            kind = (*metric.fields, getattr(metric, "split", None))
-            if isinstance(metric, pixel.PixelMetric) and kind in curves:
-                values[metric.name] = metric.value(curves[kind])
+            if metric.name in values:
                 continue
-            fresh = self._updated(metric.clone().to(device), group)
-            value = fresh.compute()
-            if value is not None:
-                values[metric.name] = float(value)
-                if isinstance(fresh, pixel.PixelMetric):
-                    curves[kind] = fresh.curve
-                if isinstance(fresh, pixel.SPRO):
-                    self._areas[group] = {limit: fresh.curve.aupro(limit) for limit in LIMITS}
-        return values
+            if not isinstance(metric, pixel.PixelMetric):
+                value = self._updated(metric.clone().to(device), group).compute()
+                values |= {} if value is None else {metric.name: float(value)}
+                continue
+            curve = self._curve(metric, group, device)
+            if curve is not None:
+                values |= {each.name: each.value(curve) for each in metrics if _curve_of(each) == _curve_of(metric)}
+                if isinstance(metric, pixel.SPRO):
+                    self._areas[group] = {limit: curve.aupro(limit) for limit in LIMITS}
+        return {metric.name: values[metric.name] for metric in metrics if metric.name in values}
+
+    def _curve(self, metric: pixel.PixelMetric, group: str, device: torch.device) -> RocCorners | None:
+        """Curve of a metric; None if its fields do not exist."""
+        if self._is_at_original_size(metric) and not (dist.is_available() and dist.is_initialized()):
+            first = next(self._original_batches(metric, group))
+            if all(getattr(first, field) is not None for field in metric.fields):
+                return metric.curve_of(lambda: self._original_batches(metric, group))
+        fresh = self._updated(metric.clone().to(device), group)
+        if fresh.compute() is None:
+            return None
+        fresh.reset()  # lets go of the pixels; as a reference cycle it would keep them for a while
+        return fresh.curve
 
     def _updated(self, metric: AnomalibMetric, group: str) -> AnomalibMetric:
         """The metric, updated with the samples of a group."""
@@ -413,6 +423,11 @@ def _check_names(argument: str, names: Sequence[str]) -> None:
         raise ValueError(msg)
 
 
+def _curve_of(metric: AnomalibMetric) -> tuple | None:
+    """What tells the curve of a metric from others; sorting the pixels for one is nearly all the work."""
+    return (*metric.fields, metric.split) if isinstance(metric, pixel.PixelMetric) else None
+
+
 def _has_both_labels(group: str, labels: dict[str, set[bool]]) -> bool:
     missing = _missing_labels(set().union(*(found for name, found in labels.items() if belongs(name, group))))
     for kind in missing:
@@ -456,15 +471,20 @@ def mean_row(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: fmean(row[name] for row in rows if name in row) for name in names}
 
 
+def metric_names(rows: dict[str, dict[str, float]]) -> list[str]:
+    """Names of the metrics of all rows, in the order of the first."""
+    return list(dict.fromkeys(name for row in rows.values() for name in row))
+
+
 def rich_table(rows: dict[str, dict[str, float]]) -> Table:
     """Table for the console, as papers have it: groups down, metrics across, the mean last, in percent.
 
     It has no overall row, which papers do not have either; Lightning prints those values.
     """
-    names = list(rows[""])
-    # Headers of two lines and one space between columns, so that ten values and MVTec AD's categories fit in 80
-    # columns. Longer groups wrap.
-    headers = [Column(name.replace("_", "\n", 1), justify="right", vertical="bottom", no_wrap=True) for name in names]
+    names = metric_names(rows)
+    # Short lines of headers and one space between columns, so that eleven values and the words of MVTec LOCO's groups
+    # and MVTec AD's categories fit in 80 columns. Longer groups wrap.
+    headers = [Column(_header(name), justify="right", vertical="bottom", no_wrap=True) for name in names]
     table = Table(
         Column("group", vertical="bottom"),
         *headers,
@@ -476,8 +496,14 @@ def rich_table(rows: dict[str, dict[str, float]]) -> Table:
     groups = [group for group in rows if group]
     for group in groups:
         values = (f"{100 * rows[group][name]:.1f}" if name in rows[group] else "" for name in names)
-        table.add_row(group.replace("_", " "), *values, end_section=group == groups[-2])
+        table.add_row(group.replace("_", " ").replace("/", " "), *values, end_section=group == groups[-2])
     return table
+
+
+def _header(name: str) -> str:
+    """Name of a metric in lines of at most five letters, if it has places to break: ``pixel``, ``F1``, ``Score``."""
+    parts = [part if len(part) <= 5 else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "\n", part) for part in name.split("_")]
+    return "\n".join(parts)
 
 
 def write_csv(rows: dict[str, dict[str, float]], path: Path) -> None:
@@ -486,7 +512,7 @@ def write_csv(rows: dict[str, dict[str, float]], path: Path) -> None:
     If it cannot be written, e.g. on a full disk, a warning says so: the metrics are printed all the same.
     """
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, ["group", *rows[""]])
+    writer = csv.DictWriter(text, ["group", *metric_names(rows)])
     writer.writeheader()
     writer.writerows({"group": group or "overall"} | row for group, row in rows.items())
     _write(path, text.getvalue())

@@ -48,6 +48,20 @@ def test_nothing_is_wrong(check, rendered):
     assert lines[-1] == f"files: {18 + masks}, errors: 0, warnings: 0"
 
 
+def test_defects_that_cannot_be_told_apart(check, rendered, tmp_path):
+    """Training needs no configuration, but sPRO does; a mask that it does not explain is an error."""
+    shutil.copytree(rendered / "tray", tmp_path / "tray")
+    mask = next(tmp_path.glob("tray/ground_truth/logical_anomalies/001/*.png"))
+    Image.fromarray((np.asarray(Image.open(mask)) > 0) * np.uint8(7)).save(mask)
+    status, lines = check("MVTecLoco", root=tmp_path, category="tray")
+    assert status == 1
+    assert lines[0].startswith(f"ERROR    The mask {mask} has pixel value 7, but {tmp_path}/tray/defects_config.json")
+    (tmp_path / "tray" / "defects_config.json").unlink()
+    status, lines = check("MVTecLoco", root=tmp_path, category="tray")
+    assert status == 0
+    assert lines[0].startswith(f"WARNING  not all there (1): There is no file {tmp_path}/tray/defects_config.json")
+
+
 def fault_unreadable(root):
     (root / "good" / "0.png").write_bytes(b"")
     return f"Cannot read {root}/good/0.png: the file has 0 bytes."

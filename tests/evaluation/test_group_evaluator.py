@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import MVTecAD, MVTecLOCO
+from anomalib.data.datasets.image.mvtecad import MVTecADDataset
 from anomalib.engine import Engine
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max, F1Score
 from anomalib.models import Patchcore
@@ -153,7 +154,7 @@ def test_overall_is_that_of_the_stock_evaluator(by_folder, images, tmp_path):
 def test_pixels_are_sorted_once_for_all_metrics(images, tmp_path, monkeypatch):
     """Overall and for two groups; metrics on other fields have pixels of their own."""
     lengths = []
-    monkeypatch.setattr(pixel, "roc_corners", lambda *scores: lengths.append(len(scores[0])) or roc_corners(*scores))
+    monkeypatch.setattr(pixel, "roc_corners", lambda *scores: lengths.append(len(scores[1])) or roc_corners(*scores))
     other = pixel.AUROC(fields=["pred_mask", "gt_mask"], prefix="mask_")
     evaluator = GroupEvaluator(test_metrics=[*default_test_metrics(), other], group_by="folder")
     metrics, _, _ = train_and_test(tiny_model(RankPreservingPostProcessor(), evaluator), mvtec(images), tmp_path)
@@ -229,21 +230,26 @@ def test_metrics_of_the_user_per_group(images, tmp_path, capsys):
 
 
 def test_table_fits_a_narrow_terminal(capsys):
-    """Ten values of MVTec AD's longest categories in 80 columns; the groups of MVTec LOCO wrap between words."""
-    row = dict.fromkeys(DEFAULT_NAMES, 0.98765) | {"image_AUROC": 1.0}
+    """Eleven values of MVTec AD's longest categories in 80 columns; the groups of MVTec LOCO wrap between words."""
+    names = [*METRIC_NAMES, "pixel_SPRO", "mAD"]
+    row = dict.fromkeys(names, 0.98765) | {"image_AUROC": 1.0}
     rows = dict.fromkeys(("", "metal_nut", "toothbrush", "transistor", "mean"), row)
     Console(width=80).print(rich_table(rows))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    values = ["100.0", *["98.8"] * 9]
-    assert [name.split("_")[-1] for name in DEFAULT_NAMES] == lines[3][1:]
+    values = ["100.0", *["98.8"] * 10]
+    assert [name.split("_")[-1].replace("F1Score", "Score") for name in names] == lines[4][1:]
+    assert lines[3] == [*["image"] * 3, "F1", *["pixel"] * 3, "F1", *["pixel"] * 2]
     assert [line for line in lines if line[-1] == "98.8"] == [
         ["metal", "nut", *values],
         ["toothbrush", *values],
         ["transistor", *values],
         ["mean", *values],
     ]
-    Console(width=80).print(rich_table({"": row, "structural_anomalies": row, "mean": row}))
+    groups = ("structural_anomalies", "splicing_connectors/logical_anomalies")
+    Console(width=80).print(rich_table(dict.fromkeys(("", *groups, "mean"), row)))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    words = ["structural", "anomalies", "splicing", "connectors", "logical", "anomalies", "mean"]
+    assert [line[0] for line in lines if line[0] in words] == words
     assert ["anomalies", *values] in lines
 
 
@@ -346,8 +352,9 @@ def test_unknown_grouping():
         GroupEvaluator(group_by="category")
 
 
-def test_two_processes_give_what_one_gives(images, tmp_path):
+def test_two_processes_give_what_one_gives(images, tmp_path, monkeypatch):
     """Each with an odd number of images, of which the distributed sampler repeats one."""
+    monkeypatch.setattr(MVTecADDataset, "defects", None, raising=False)  # which the run sets
     command = [sys.executable, Path(__file__).with_name("ddp_run.py"), images, tmp_path, "2"]
     paths = os.pathsep.join([*map(str, Path(__file__).parents[1:3]), os.environ.get("PYTHONPATH", "")])
     subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, check=True, capture_output=True, timeout=300)
@@ -357,3 +364,6 @@ def test_two_processes_give_what_one_gives(images, tmp_path):
     assert two["same_as_test"]["statistics"] == one["same_as_test"]["statistics"]
     for val_split_mode in ("from_train", "same_as_test"):
         assert two[val_split_mode]["metrics"] == pytest.approx(one[val_split_mode]["metrics"], abs=1e-6)
+        assert two[val_split_mode]["published"].keys() == {"hole", "stain", "mean", "images"}
+        for name, values in two[val_split_mode]["published"].items():
+            assert values == pytest.approx(one[val_split_mode]["published"][name], abs=1e-6)

@@ -10,7 +10,7 @@ from anomalib.metrics.pro import connected_components_cpu
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
-from anomalib_pack.metrics import image, pixel
+from anomalib_pack.metrics import image, pixel, roc
 
 # Ours and Anomalib's; its AUPR is the average precision.
 PAIRS = [("AUROC", "AUROC"), ("AP", "AUPR"), ("F1Max", "F1Max"), ("AUPRO", "AUPRO")]
@@ -144,9 +144,15 @@ def test_equal_scores(maps_and_masks):
     assert ours((torch.full_like(maps, 0.4), masks)) == pytest.approx(expected, abs=1e-7)
 
 
-def test_batches_do_not_matter(maps_and_masks):
+@pytest.mark.parametrize("part", [2**25, 700, 5000])
+def test_batches_do_not_matter(part, maps_and_masks, monkeypatch):
+    """Nor does how many scores are sorted at a time, of 4608."""
     maps, masks = maps_and_masks
+    maps = maps.round(decimals=2)
     whole = ours((maps, masks))
+    monkeypatch.setattr(roc, "PART", part)
+    assert ours((maps, masks)) == whole
+    assert ours(*zip(maps.split(1), masks.split(1), strict=True)) == whole
     assert ours((maps[4:], masks[4:]), (maps[:1], masks[:1]), (maps[1:4], masks[1:4])) == whole
     assert ours((maps.squeeze(1), masks.unsqueeze(1))) == whole
 
@@ -186,7 +192,7 @@ def test_regions_are_those_of_anomalib():
 
 
 def test_maps_stay_as_they_are_and_the_metric_goes_on(maps_and_masks):
-    """Computing sorts the states in place."""
+    """A metric can be computed again, and go on with more."""
     maps, masks = maps_and_masks
     metric, before = pixel.AUPRO(), maps.clone()
     first = compute(metric, (maps[:3], masks[:3]))
