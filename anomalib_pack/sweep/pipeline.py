@@ -72,8 +72,11 @@ class Sweep(Benchmark):
         args = parser.parse_args() if args is None else args
         try:
             path = locate(args.config)
-            config = "" if path.is_dir() else path.read_text(encoding="utf-8")
-            content = yaml.safe_load(config)
+            config, content = "", None
+            if not path.is_dir():
+                config = path.read_text(encoding="utf-8")
+                with path.open(encoding="utf-8") as file:  # whose name is in YAML's errors
+                    content = yaml.safe_load(file)
             of_papers = path.is_dir() or is_table(content)
             plan = papers.read_plan(path) if of_papers else read_plan(content)
             if not (of_papers or args.dry_run or args.list):

@@ -65,7 +65,8 @@ def load(path: Path) -> Config:
         OSError: If it cannot be read.
         ValueError: If it does not hold a mapping.
     """
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    with path.open(encoding="utf-8") as file:  # whose name is in YAML's errors
+        content = yaml.safe_load(file)
     if not isinstance(content, dict):
         msg = f"{path} must hold a mapping, got {content!r}."
         raise ValueError(msg)  # noqa: TRY004  # of a configuration, not of a call
