@@ -31,6 +31,9 @@ def check_metric(name: str, where: str) -> None:
             f"rate, e.g. pixel_AUPRO_0.05; got {name!r}."
         )
         raise ValueError(msg)
+    if _WITH_LIMIT.fullmatch(str(name)) and _metric(name).name != name:  # the limit is the default, which has no number
+        msg = f"{where} must be {_metric(name).name}, which has this limit, got {name}."
+        raise ValueError(msg)
 
 
 def evaluator_of(names: Iterable[str], map_size: str) -> GroupEvaluator:

@@ -197,6 +197,7 @@ def test_settings_of_a_category_go_before_those_of_the_data(tmp_path: Path) -> N
         ({"columns": [{"category": "hazelnut"}], "published": {}}, "as category one of bottle, cable, pushpins"),
         ({"columns": [{"name": "x", "test": "T"}], "published": {}}, "as test one of "),
         ({"columns": [{"name": "x", "metric": "AUROC"}]}, r"columns\[0\].metric must be one of image_AUROC"),
+        ({"columns": [{"name": "x", "metric": "pixel_SPRO_0.05"}]}, "must be pixel_SPRO, which has this limit"),
         ({"select": {}}, "the cell Ours, all needs a metric"),
         ({"rows": [{"name": "x"}], "published": {}}, "the cell x, all must be of one model, got Ours, Old"),
         ({"rows": [{"name": "Ours", "measure": "flops"}], "select": {}, "published": {}}, "of the section efficiency"),
