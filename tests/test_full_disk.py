@@ -13,7 +13,6 @@ import yaml
 from anomalib.engine import Engine
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from anomalib.visualization import ImageVisualizer, Visualizer
-from jsonargparse import Namespace
 from lightning.pytorch import Callback
 from PIL import Image
 from tiny_model import TinyModel
@@ -157,7 +156,7 @@ def test_sweep_says_what_is_lost(disk: Path, capsys: pytest.CaptureFixture, monk
     monkeypatch.setattr(job.SweepJob, "_description", lambda _self: {"job": "b"})
 
     class Experiment:
-        title, key = "Ulsad on tray", "b"
+        title, key, measures = "Ulsad on tray", "b", None
 
     row = job.SweepJob(Experiment(), disk, "2/2").run()
     assert "No space left" in row["error"]
@@ -179,7 +178,7 @@ def test_sweep_that_cannot_begin(
     monkeypatch.chdir(disk)
     fill(disk)
     with pytest.raises(SystemExit) as stop:
-        Sweep().run(Namespace(config=config, resume=None))
+        Sweep().run(Sweep.get_parser().parse_args(["--config", str(config)]))
     assert stop.value.code == 2
     assert "No space left" in capsys.readouterr().err
     assert not list(disk.rglob("config.yaml"))

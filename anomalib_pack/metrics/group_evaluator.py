@@ -173,7 +173,8 @@ class GroupEvaluator(Evaluator):
             self._originals = [Originals(dataset) for dataset in datasets]
             for dataset in datasets:
                 check_whole_image(pl_module, dataset)
-            self._post_processor = getattr(pl_module, "post_processor", None)
+            # Around nn.Module, for which it would be a part: its thresholds would enter checkpoints twice.
+            object.__setattr__(self, "_post_processor", getattr(pl_module, "post_processor", None))
             # A new list, because the trainer is on its way through this one; in front of the post-processor.
             others = [callback for callback in trainer.callbacks if callback is not self._raw]
             trainer.callbacks = [self._raw, *others]
@@ -215,8 +216,12 @@ class GroupEvaluator(Evaluator):
     ) -> None:
         """Store what the metrics need of the batch."""
         if trainer is None:  # Anomalib's tiled ensemble computes the metrics itself, without a run
+            # It asks each metric for a number, and has no data set that could tell the defects.
+            self.test_metrics = [each for each in self.test_metrics if each.strict or "defects" not in each.fields]
             super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
             return
+        if self._originals and self._raw.maps is None:
+            self._leave_out_maps()
         count = unpadded_count(trainer.test_dataloaders, batch_idx, dataloader_idx)
         fields = {field for metric in self._metrics for field in self._batch_fields(metric)} | {"gt_label"}
         device = self._store_device(trainer, pl_module)
@@ -226,6 +231,15 @@ class GroupEvaluator(Evaluator):
             samples.originals = self._read_originals(batch.image_path[:count], dataloader_idx, device)
         self._store.append(samples)
 
+    def _leave_out_maps(self) -> None:
+        """Leave out the metrics at the original size, as a model without maps asks for."""
+        needed = [metric.name for metric in self._metrics if metric.strict and self._is_at_original_size(metric)]
+        if needed:
+            msg = f"{', '.join(needed)} at the original size need a model that gives anomaly maps."
+            raise ValueError(msg)
+        self._metrics = [metric for metric in self._metrics if not self._is_at_original_size(metric)]
+        self._originals = []
+
     def _batch_fields(self, metric: AnomalibMetric) -> list[str]:
         """Fields of a metric that are taken from batches."""
         if not self._is_at_original_size(metric):
@@ -234,9 +248,6 @@ class GroupEvaluator(Evaluator):
 
     def _read_originals(self, paths: Sequence[str], dataloader_idx: int, device: torch.device) -> list[Original]:
         """The images of a batch, with what the metrics at the original size need."""
-        if self._raw.maps is None:
-            msg = "Metrics at the original size need a model that gives anomaly maps."
-            raise ValueError(msg)
         fields = {field for metric in self._metrics if self._is_at_original_size(metric) for field in metric.fields}
         files = self._originals[dataloader_idx]
         maps = self._raw.maps[: len(paths)].to(device)

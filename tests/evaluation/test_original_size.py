@@ -171,7 +171,7 @@ def test_patchcore_with_anomalibs_data(images, tmp_path):
     evaluator = GroupEvaluator(map_size="original", group_by="folder")
     model = patchcore(evaluator)
     metrics, raw, folder = run(model, datamodule, tmp_path)
-    files = [Path(str(path).replace("test", "ground_truth")) for path in raw.paths]
+    files = [Path(str(path).replace("/test/", "/ground_truth/")) for path in raw.paths]
     files = [file.with_name(f"{file.stem}_mask.png") for file in files]
     masks = [mask_of(path, [file] if file.is_file() else []) for path, file in zip(raw.paths, files, strict=True)]
     maps = large_maps(raw, [(32, 32)] * len(masks))
