@@ -30,7 +30,7 @@ DEFAULT_FPR_LIMIT = 0.3  # of AUPRO, as in MVTec AD's evaluation
 class _PixelMetric(Metric):
     """Pixels of all batches, and the curve that the pixel metrics are read off.
 
-    Each batch adds 4 bytes per normal and 12 per anomalous pixel. Computing, on the CPU, takes a fixed buffer on top, and
+    Each batch adds 4 bytes per normal and 12 per anomalous pixel. Computing, on the CPU, takes a fixed buffer and
     several times the memory of the anomalous pixels. The states of several processes are gathered as those of any
     torchmetrics metric, which makes three copies for a while.
 
