@@ -92,7 +92,6 @@ CASES = {
         scoring={"top_ratio": 0.5, "blur_width": 9},
         xfail={
             "test_local_weights": "takes the network's name from `backbone`; tests/minimaxad has it for `encoder`",
-            "test_int8": "the quantised file gives maps without any variation, or no numbers",
         },
     ),
     "Ulsad": Case(
