@@ -14,10 +14,9 @@ from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
-from lightning_utilities.core.imports import module_available
 
 from .callbacks import LinksLatest
-from .exporting import AntialiasingByProducts, check_any_size, images_of_size, keep_antialiasing
+from .exporting import AntialiasingByProducts, check_any_size, check_installed, images_of_size, keep_antialiasing
 from .feature_cache import FeatureCache
 from .metrics import GroupEvaluator, default_test_metrics
 from .pictures import SparesMetrics
@@ -135,10 +134,7 @@ class OneClassDefaults:
             ValueError: If ``INT8_PTQ`` has no datamodule with normal validation images.
         """
         needed = ["openvino"] if compression_type in {None, CompressionType.FP16} else ["openvino", "nncf"]
-        missing = [name for name in needed if not module_available(name)]
-        if missing:
-            msg = f'This export needs {" and ".join(missing)}: pip install "anomalib-pack[export]".'
-            raise ModuleNotFoundError(msg)
+        check_installed(needed, "This export")
         if compression_type == CompressionType.INT8_PTQ:
             with TemporaryDirectory() as folder:
                 in_float = super().to_openvino(folder, model_file_name, input_size, **kwargs)

@@ -18,6 +18,7 @@ from anomalib.data.transforms import ExportableCenterCrop, SquarePad
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.pre_processing import PreProcessor
 from anomalib.pre_processing.utils.transform import convert_center_crop_transform
+from lightning_utilities.core.imports import module_available
 from torch import nn
 from torch.nn.functional import interpolate
 from torch.overrides import TorchFunctionMode
@@ -47,6 +48,18 @@ def check_any_size(pre_processor: nn.Module | None) -> None:
             f"width first, got {steps[0]}. Give Resize both, or export for images of one size with input_size."
         )
         raise ValueError(msg)
+
+
+def check_installed(names: Sequence[str], what: str) -> None:
+    """Check that the packages of the extra ``export`` are there that something needs.
+
+    Raises:
+        ModuleNotFoundError: If one is not; the message says what to install.
+    """
+    missing = [name for name in names if not module_available(name)]
+    if missing:
+        msg = f'{what} needs {" and ".join(missing)}: pip install "anomalib-pack[export]".'
+        raise ModuleNotFoundError(msg)
 
 
 @contextmanager

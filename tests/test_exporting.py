@@ -15,7 +15,7 @@ from tiny_model import TinyModel
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import CenterCrop, Compose, Grayscale, InterpolationMode, Normalize, Resize, Transform
 
-from anomalib_pack import defaults
+from anomalib_pack import exporting
 from anomalib_pack.defaults import OneClassDefaults
 from anomalib_pack.exporting import AntialiasingByProducts, cubic, filter_weights, resize, triangle
 
@@ -152,7 +152,7 @@ def test_runtimes_agree(transform: Transform, tmp_path: Path) -> None:
 def test_what_to_install_is_said_before_the_conversion(
     kind: CompressionType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(defaults, "module_available", lambda name: name != "nncf")
+    monkeypatch.setattr(exporting, "module_available", lambda name: name != "nncf")
     with pytest.raises(ModuleNotFoundError, match=r'needs nncf: pip install "anomalib-pack\[export\]"'):
         PackModel().to_openvino(tmp_path, input_size=(32, 32), compression_type=kind)
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,6 @@ import torch
 from anomalib.data import AnomalibDataModule, get_datamodule
 from anomalib.deploy import CompressionType
 from anomalib.models import AnomalibModule
-from lightning_utilities.core.imports import module_available
 from sklearn.metrics import roc_auc_score
 
 from anomalib_pack.efficiency.environment import environment
@@ -25,6 +24,7 @@ from anomalib_pack.efficiency.memory import MIB
 from anomalib_pack.efficiency.models import build
 from anomalib_pack.efficiency.settings import Entry, Settings
 from anomalib_pack.efficiency.timing import latency, pass_times
+from anomalib_pack.exporting import check_installed
 from anomalib_pack.quantizing import quantize_file
 
 Outputs = dict[str, np.ndarray]
@@ -89,10 +89,7 @@ def export(model: AnomalibModule, kind: str, folder: Path, datamodule: AnomalibD
         ModuleNotFoundError: If something is not installed; the message says what to install.
     """
     needed = NEEDS[kind.partition("_")[0]] + (["nncf"] if kind == "openvino_int8" else [])
-    missing = [name for name in needed if not module_available(name)]
-    if missing:
-        msg = f'The format {kind} needs {" and ".join(missing)}: pip install "anomalib-pack[export]".'
-        raise ModuleNotFoundError(msg)
+    check_installed(needed, f"The format {kind}")
     if kind == "onnx":
         return model.to_onnx(folder)
     if kind == "openvino_int8":  # as the pack's models do by themselves, for those of others too

@@ -15,6 +15,7 @@ from anomalib_pack.efficiency.memory import bank_size, peak_mib, reset_peak
 from anomalib_pack.efficiency.models import build
 from anomalib_pack.efficiency.settings import Entry, Settings
 from anomalib_pack.efficiency.timing import inference, latency, networks_alone, pass_times, throughput
+from anomalib_pack.process import in_own_process
 
 PASSES = {"prediction": inference, "networks": networks_alone}  # by protocol
 
@@ -26,6 +27,14 @@ def or_error(function: Callable[..., dict[str, Any]], *arguments: object) -> dic
     except Exception as error:  # whatever is wrong with one model, the others are measured
         message = str(error) or str(error.__cause__)  # Anomalib's error for an unknown model is empty
         return {"error": f"{type(error).__name__}: {' '.join(message.split())}", "traceback": traceback.format_exc()}
+
+
+def apart(function: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
+    """As :func:`or_error` in a process of its own, which may also be killed, e.g. for want of memory."""
+    try:
+        return in_own_process(or_error, function, *arguments)
+    except RuntimeError as error:
+        return {"error": str(error), "traceback": ""}
 
 
 def measure(entry: Entry, settings: Settings) -> dict[str, Any]:

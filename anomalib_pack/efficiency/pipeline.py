@@ -16,7 +16,7 @@ from rich.console import Console
 
 from anomalib_pack.efficiency.accuracy import read_accuracy
 from anomalib_pack.efficiency.formats import measure_format
-from anomalib_pack.efficiency.measurement import measure, or_error
+from anomalib_pack.efficiency.measurement import apart, measure
 from anomalib_pack.efficiency.plot import plot_latency
 from anomalib_pack.efficiency.report import (
     console_table,
@@ -28,7 +28,6 @@ from anomalib_pack.efficiency.report import (
 )
 from anomalib_pack.efficiency.settings import Entry, Settings, check_device, entries
 from anomalib_pack.files import replace_file
-from anomalib_pack.process import in_own_process
 
 
 class Efficiency(Pipeline):
@@ -98,19 +97,12 @@ def _measure_all(models: list[Entry], settings: Settings, accuracy: dict[str, fl
 
 def _rows_of(entry: Entry, settings: Settings) -> Iterator[dict[str, Any]]:
     """The network's row, then one for each format."""
-    yield _measured(measure, entry, settings)
+    yield apart(measure, entry, settings)
     if not settings.formats:
         return
     with TemporaryDirectory() as folder:
         for kind in dict.fromkeys(["torch", *settings.formats]):
-            yield {"format": kind} | _measured(measure_format, entry, settings, kind, Path(folder))
-
-
-def _measured(*call: Any) -> dict[str, Any]:
-    try:
-        return in_own_process(or_error, *call)
-    except RuntimeError as error:
-        return {"error": str(error), "traceback": ""}
+            yield {"format": kind} | apart(measure_format, entry, settings, kind, Path(folder))
 
 
 def _conclude(rows: list[dict[str, Any]], metric: str, folder: Path) -> None:

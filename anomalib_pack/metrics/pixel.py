@@ -21,7 +21,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from anomalib_pack.defect import Defect
-from anomalib_pack.metrics.roc import RocCorners, check_limit, roc_corners
+from anomalib_pack.metrics.roc import RocCorners, check_limit, check_ranks, roc_corners
 from anomalib_pack.metrics.spro import DEFAULT_LIMIT, weigh
 
 DEFAULT_FPR_LIMIT = 0.3  # of AUPRO, as in MVTec AD's evaluation
@@ -332,9 +332,7 @@ def _checked(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _checked_scores(maps: Tensor) -> Tensor:
     scores = _without_channel(maps).float()
-    if scores.numel() and scores.max().isnan():  # which propagates it, in one pass
-        msg = f"{int(scores.isnan().sum())} of {scores.numel()} pixel scores are NaN, which has no rank."
-        raise ValueError(msg)
+    check_ranks(scores)
     return scores
 
 

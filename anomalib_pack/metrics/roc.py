@@ -118,6 +118,17 @@ def check_limit(fpr_limit: float) -> None:
         raise ValueError(msg)
 
 
+def check_ranks(scores: Tensor) -> None:
+    """Check that each of the scores, of any shape, has a rank.
+
+    Raises:
+        ValueError: If one is NaN.
+    """
+    if scores.numel() and scores.max().isnan():  # which propagates it, in one pass
+        msg = f"{int(scores.isnan().sum())} of {scores.numel()} pixel scores are NaN, which has no rank."
+        raise ValueError(msg)
+
+
 def roc_corners(normal: Tensor | Iterable[Tensor], anomalous: Tensor, weights: Tensor) -> RocCorners:
     """Corners of the ROC curve. Equal scores form one threshold.
 

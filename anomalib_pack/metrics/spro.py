@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from anomalib_pack.defect import Defect
-from anomalib_pack.metrics.roc import RocCorners, check_limit, roc_corners
+from anomalib_pack.metrics.roc import RocCorners, check_limit, check_ranks, roc_corners
 
 DEFAULT_LIMIT = 0.05  # the paper's headline
 LIMITS = (0.01, DEFAULT_LIMIT, 0.1, 0.3, 1.0)  # those of the published evaluation
@@ -211,9 +211,7 @@ def _scores(anomaly_map: Map) -> Tensor:
     if scores.ndim != 2:
         msg = f"A map must have shape (H, W), got {tuple(scores.shape)}."
         raise ValueError(msg)
-    if scores.numel() and np.isnan(scores.numpy().max()):  # which propagates it, in one quick pass
-        msg = f"{int(scores.isnan().sum())} of {scores.numel()} pixel scores are NaN, which has no rank."
-        raise ValueError(msg)
+    check_ranks(scores)
     return scores
 
 

@@ -18,7 +18,7 @@ from anomalib_pack.sweep.job import LOGS, RESULTS, SweepJobGenerator
 from anomalib_pack.sweep.papers import command as papers
 from anomalib_pack.sweep.papers.files import is_table, locate
 from anomalib_pack.sweep.rehearsal import list_jobs, rehearse
-from anomalib_pack.sweep.results import is_done, read_rows
+from anomalib_pack.sweep.results import is_done, rows_by_job
 from anomalib_pack.sweep.settings import Experiment, Plan, read_plan
 from anomalib_pack.sweep.tables import NOTE, console_tables, markdown, metric_tables
 
@@ -86,7 +86,7 @@ class Sweep(Benchmark):
             parser.error(str(error))
 
         if args.list:
-            list_jobs(plan.experiments, _rows(folder))
+            list_jobs(plan.experiments, rows_by_job(folder / RESULTS))
         elif args.dry_run:
             try:
                 rehearse(plan.experiments)
@@ -112,7 +112,7 @@ class Sweep(Benchmark):
 
     def _run_sweep(self, plan: Plan, folder: Path) -> None:
         Console().print(f"Results: {folder}", soft_wrap=True)
-        results = _rows(folder)
+        results = rows_by_job(folder / RESULTS)
         pending = [experiment for experiment in plan.experiments if not is_done(experiment, results)]
         for runner in self._setup_runners({"accelerator": plan.accelerators}):
             runner.run({"experiments": pending, "folder": folder})
@@ -144,14 +144,9 @@ def _folder(resume: Path | None) -> Path:
     return resume
 
 
-def _rows(folder: Path) -> dict[str, dict[str, str]]:
-    """Rows by job."""
-    return {row["job"]: row for row in read_rows(folder / RESULTS)}
-
-
 def _report(plan: Plan, folder: Path) -> bool:
     """Write and print the tables and the jobs that failed; return whether there are any."""
-    results = _rows(folder)
+    results = rows_by_job(folder / RESULTS)
     tables = metric_tables(plan, results)
     failed = {
         experiment.title: (shorten(error, ERROR_WIDTH, placeholder=" ..."), folder / LOGS / f"{experiment.key}.log")

@@ -25,6 +25,11 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def rows_by_job(path: Path) -> dict[str, dict[str, str]]:
+    """Read all rows, by job."""
+    return {row["job"]: row for row in read_rows(path)}
+
+
 def write_row(row: dict[str, Any], path: Path) -> None:
     """Add the row of a job, in place of an earlier one of the same job.
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 
-from anomalib_pack.efficiency import Efficiency, pipeline
+from anomalib_pack.efficiency import Efficiency, measurement
 from anomalib_pack.efficiency.settings import Entry, Settings, entries
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "efficiency").glob("*.yaml"))
@@ -51,7 +51,7 @@ def test_failing_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         return function(measured, entry, settings)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "in_own_process", in_this_process)
+    monkeypatch.setattr(measurement, "in_own_process", in_this_process)
     models = [{"class_path": "NoSuchModel"}, UNIAD | {"name": "Killed"}, UNIAD]
     config = write(tmp_path, models=models, warmup=0, passes=1, runs=1, batch_sizes=[])
     with pytest.raises(SystemExit) as stop:
@@ -72,7 +72,7 @@ def test_a_model_that_may_fail(
 ) -> None:
     """It has its row, and the command ends well."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "in_own_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(measurement, "in_own_process", lambda function, *arguments: function(*arguments))
     config = write(tmp_path, models=[{"class_path": "NoSuchModel", "may_fail": True}])
     AnomalibCLI(["efficiency", "--config", str(config)])
     assert "NoSuchModel failed: UnknownModelError" in capsys.readouterr().out

@@ -8,7 +8,8 @@ import torch
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
-from anomalib_pack.efficiency import formats, pipeline
+from anomalib_pack import exporting
+from anomalib_pack.efficiency import measurement, pipeline
 from anomalib_pack.efficiency.formats import PRECISIONS, export, measure_format, prepared
 from anomalib_pack.efficiency.report import console_table, format_table, write_markdown
 from anomalib_pack.efficiency.settings import Format, Settings, entries
@@ -64,7 +65,7 @@ def test_formats_are_those_of_the_settings() -> None:
 
 
 def test_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(formats, "module_available", lambda name: name != "nncf")
+    monkeypatch.setattr(exporting, "module_available", lambda name: name != "nncf")
     with pytest.raises(ModuleNotFoundError, match=r'openvino_int8 needs nncf: pip install "anomalib-pack\[export\]"'):
         export(None, "openvino_int8", tmp_path, None)
 
@@ -79,7 +80,7 @@ def test_rows_of_a_model(monkeypatch: pytest.MonkeyPatch, settings: Settings) ->
             raise RuntimeError("killed")
         return {"size_mib": 1.0}
 
-    monkeypatch.setattr(pipeline, "in_own_process", record)
+    monkeypatch.setattr(measurement, "in_own_process", record)
     some = Settings(models=[UNIAD], formats=["openvino", "onnx"])
     found = list(pipeline._rows_of(entries(some)[0], some))
     assert calls == [("measure",), *(("measure_format", kind) for kind in ("torch", "openvino", "onnx"))]

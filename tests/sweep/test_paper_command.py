@@ -7,9 +7,9 @@ from statistics import fmean, stdev
 import pytest
 import yaml
 
+from anomalib_pack.efficiency import measurement
 from anomalib_pack.sweep import Sweep
 from anomalib_pack.sweep.job import SweepJob
-from anomalib_pack.sweep.papers import costs
 from anomalib_pack.sweep.results import read_rows
 
 SCALED = "sweep_models.Scaled"
@@ -181,7 +181,7 @@ def test_dry_run(here: Path, paper: Path, capfd) -> None:
 
 def test_costs(here: Path, paper: Path, capfd, monkeypatch) -> None:
     """Cells that `anomalib efficiency` measures: once, in the unit of the table; a model that fails is named."""
-    monkeypatch.setattr(costs, "in_own_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(measurement, "in_own_process", lambda function, *arguments: function(*arguments))
     small = {"name": "S", "class_path": "DistilledEfficientAd", "image_size": [256, 256]}
     content = {
         "title": "Costs",
@@ -198,10 +198,10 @@ def test_costs(here: Path, paper: Path, capfd, monkeypatch) -> None:
     assert cell["significant"] == ""
     assert "torch" in cell["versions"]
 
-    monkeypatch.setattr(costs, "in_own_process", lambda *_arguments: pytest.fail("measured again"))
+    monkeypatch.setattr(measurement, "in_own_process", lambda *_arguments: pytest.fail("measured again"))
     assert command("--config", path) == 0
 
-    monkeypatch.setattr(costs, "in_own_process", lambda *_arguments: {"error": "out of\nmemory", "traceback": ""})
+    monkeypatch.setattr(measurement, "in_own_process", lambda *_arguments: {"error": "out of\nmemory", "traceback": ""})
     content["efficiency"]["precision"] = "float16"
     path.write_text(yaml.safe_dump(content))
     capfd.readouterr()

@@ -11,18 +11,13 @@ import torch
 from rich.console import Console
 
 from anomalib_pack.files import replace_file
-from anomalib_pack.sweep.job import LOGS
+from anomalib_pack.sweep.job import LOGS, RESULTS
 from anomalib_pack.sweep.papers import costs, report
 from anomalib_pack.sweep.papers.cells import Results, measured
 from anomalib_pack.sweep.papers.files import table_files
 from anomalib_pack.sweep.papers.settings import PaperTable, read_tables
-from anomalib_pack.sweep.papers.store import (
-    read_results,
-    runs_of,
-    versions_here,
-    versions_of,
-)
-from anomalib_pack.sweep.results import is_done
+from anomalib_pack.sweep.papers.store import runs_of, versions_here, versions_of
+from anomalib_pack.sweep.results import is_done, rows_by_job
 from anomalib_pack.sweep.settings import Experiment, check_experiments
 
 ERROR_WIDTH = 160
@@ -74,7 +69,7 @@ def run_plan(plan: Plan, store: Path, runner: Runner) -> bool:
         Whether a run failed.
     """
     (store / LOGS).mkdir(parents=True, exist_ok=True)
-    results = read_results(store)
+    results = rows_by_job(store / RESULTS)
     pending = [run for run in plan.experiments if not is_done(run, results)]
     console = Console()
     console.print(f"{len(plan.experiments)} runs, {len(pending)} of them to do. Store: {store}", soft_wrap=True)
@@ -83,7 +78,7 @@ def run_plan(plan: Plan, store: Path, runner: Runner) -> bool:
         runner(pending)
     except KeyboardInterrupt as stop:  # what there is can be seen
         stopped = stop
-    results = read_results(store)
+    results = rows_by_job(store / RESULTS)
     costs_failed = [_report(table, results, store, console, measure=stopped is None) for table in plan.tables]
     if stopped is not None:
         raise stopped
@@ -109,7 +104,7 @@ def _report(table: PaperTable, results: Results, store: Path, console: Console, 
             absent = [f"Not measured: {section[0].device} is not there."]
         elif measure:
             costs.measure_missing(*section, store)
-        cost_rows = costs.read_rows_of(store)
+        cost_rows = rows_by_job(store / costs.RESULTS)
         failures = costs.failures(section[1], cost_rows)
     entries: report.Entries = {}
     for place, cell in table.cells.items():

@@ -10,10 +10,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 from tqdm import tqdm
 
 from anomalib_pack.efficiency.environment import library_versions
-from anomalib_pack.efficiency.measurement import measure, or_error
+from anomalib_pack.efficiency.measurement import apart, measure
 from anomalib_pack.efficiency.report import short_error
 from anomalib_pack.efficiency.settings import Entry, Settings, entries
-from anomalib_pack.process import in_own_process
 from anomalib_pack.sweep.papers.cells import Measured, Results
 from anomalib_pack.sweep.papers.settings import Cell, PaperTable
 from anomalib_pack.sweep.results import read_rows, write_row
@@ -59,17 +58,9 @@ def measure_missing(settings: Settings, models: dict[str, Entry], store: Path) -
         if key in done:
             continue
         tqdm.write(f"[efficiency] {entry.name}")
-        try:
-            row = in_own_process(or_error, measure, entry, settings)
-        except RuntimeError as error:
-            row = {"error": str(error)}
+        row = apart(measure, entry, settings)
         row.pop("traceback", None)
         write_row({"job": key, "model": entry.name, "error": "", **library_versions(), **row}, store / RESULTS)
-
-
-def read_rows_of(store: Path) -> Results:
-    """All rows of a store, by hash."""
-    return {row["job"]: row for row in read_rows(store / RESULTS)}
 
 
 def failures(models: dict[str, Entry], rows: Results) -> list[str]:

@@ -9,21 +9,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from anomalib_pack.efficiency.environment import library_versions
-from anomalib_pack.sweep.job import RESULTS
 from anomalib_pack.sweep.papers.cells import Results
 from anomalib_pack.sweep.papers.settings import Cell, PaperTable
-from anomalib_pack.sweep.results import read_rows
 from anomalib_pack.sweep.settings import Config, Experiment
 
 VERSIONS = ("anomalib_pack", "anomalib", "torch")
-
-
-def read_results(store: Path) -> Results:
-    """All rows of a store, by key of the run."""
-    return {row["job"]: row for row in read_rows(store / RESULTS)}
 
 
 def runs_of(wanted: list[PaperTable], tables: list[PaperTable]) -> list[Experiment]:
