@@ -7,6 +7,7 @@ A map, from the outside in::
     plugins.py          entry points -> anomalib.models, anomalib.data, the subcommands of `anomalib`
     _autoload.py        notices when Anomalib is imported; started by the line in `anomalib_pack.pth`
     data/               datamodules, and their images
+    rendering/          the pictures of the rendered data set
     backbones.py        frozen features of a timm network
     folding.py          networks with BatchNorms folded into convolutions for inference
     neighbors.py        nearest neighbours in a memory bank, exact or approximate

@@ -16,11 +16,7 @@ Map::
     mvtec_loco.py       MVTec LOCO, groups logical and structural, from
         defects_config.py   the defects of an image, and how much of each has to be found
     predict.py          images without labels
-    synthetic_loco.py   a rendered data set in MVTec LOCO's format, from
-        tray.py, board.py   what its categories show, and what can be wrong with it
-        parts.py            surfaces of small parts
-        defects.py          kinds of defects, and structural damage
-        rendering.py        canvas, light and camera
+    synthetic_loco.py   a rendered data set in MVTec LOCO's format
     validation.py       datamodules whose data set has no validation images
     vanished.py         anomalies that a model's resize or crop removes
 """

@@ -17,8 +17,8 @@ from PIL import Image
 from rich.progress import track
 from torchvision.transforms.v2 import Transform
 
-from anomalib_pack.data import board, tray
 from anomalib_pack.data.mvtec_loco import MVTecLoco
+from anomalib_pack.rendering import board, tray
 
 SCENES = {"tray": tray, "board": board}
 

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from anomalib_pack.data.parts import Part
-from anomalib_pack.data.rendering import Canvas, smooth_noise, smooth_step
+from anomalib_pack.rendering.canvas import Canvas, smooth_noise, smooth_step
+from anomalib_pack.rendering.parts import Part
 
 
 @dataclass(frozen=True)

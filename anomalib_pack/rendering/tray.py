@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anomalib_pack.data.defects import DAMAGES, DefectKind, draw_structural, random_cut
-from anomalib_pack.data.parts import CAP, CLIP, NUT, PLUG, SCREW, WASHER, Part
-from anomalib_pack.data.rendering import Canvas, photograph, smooth_noise, smooth_step
+from anomalib_pack.rendering.canvas import Canvas, photograph, smooth_noise, smooth_step
+from anomalib_pack.rendering.defects import DAMAGES, DefectKind, draw_structural, random_cut
+from anomalib_pack.rendering.parts import CAP, CLIP, NUT, PLUG, SCREW, WASHER, Part
 
 COLUMNS, ROWS = 3, 2
 RIM, WALL = 0.035, 0.03

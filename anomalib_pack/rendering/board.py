@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from anomalib_pack.data.defects import DAMAGES, DefectKind, bezier, draw_structural, random_cut
-from anomalib_pack.data.parts import FUSE_SOCKET, TERMINAL, fuse
-from anomalib_pack.data.rendering import Canvas, blur, photograph, smooth_noise, smooth_step
+from anomalib_pack.rendering.canvas import Canvas, blur, photograph, smooth_noise, smooth_step
+from anomalib_pack.rendering.defects import DAMAGES, DefectKind, bezier, draw_structural, random_cut
+from anomalib_pack.rendering.parts import FUSE_SOCKET, TERMINAL, fuse
 
 PANEL = (0.52, 0.53, 0.50)
 COLORS = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anomalib_pack.data.rendering import Surface, smooth_step
+from anomalib_pack.rendering.canvas import Surface, smooth_step
 
 STEEL = np.float32([0.80, 0.81, 0.83])
 BRASS = np.float32([0.86, 0.70, 0.40])

@@ -1,0 +1,9 @@
+"""Draws the pictures of :class:`~anomalib_pack.data.SyntheticLoco`.
+
+Map::
+
+    tray.py, board.py   what the categories show, and what can be wrong with it
+    parts.py            surfaces of small parts
+    defects.py          kinds of defects, and structural damage
+    canvas.py           canvas, light and camera
+"""
