@@ -32,6 +32,7 @@ A map, from the outside in::
     reading.py          refusing images that Anomalib's reader would misread
     checks.py           checks of arguments and data, before an epoch is wasted
     checkpoints.py      what a model takes from a checkpoint, and that it says so
+    restoring.py        a model from a checkpoint file alone
     remeasuring.py      measurements of a checkpoint, for a model with other values
     exporting.py        exports that see image files as the engine does
     defaults.py         what the models choose alike where Anomalib lets a model choose

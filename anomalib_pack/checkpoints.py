@@ -21,6 +21,8 @@ from .remeasuring import ValidatesForOtherSettings
 logger = logging.getLogger(__name__)
 
 PRE_PROCESSOR = "anomalib_pre_processor_config"  # Anomalib's key in a checkpoint
+CLASS_PATH = "class_path"  # key in a checkpoint: module and name of the model's class
+TRAINED_STATE = "trained_state"  # key in a checkpoint: arguments that are state of the trained model
 COMPONENTS = ("pre_processor", "post_processor")  # those with a configuration in a checkpoint
 OPTIMIZER = ("lr", "weight_decay")  # for training alone, and its state in a checkpoint holds them
 EXECUTION = ("cache", "cache_budget")  # how a training runs, not what it comes to
@@ -31,8 +33,10 @@ class FollowsCheckpoint:
     """Mixin for models that a checkpoint is loaded into; stands before ``AnomalibModule``.
 
     The pre-processor is state of the trained model: the checkpoint's is taken, and the datamodule resizes to its size.
-    So are, as Anomalib has it, the switches of the post-processor.
+    So are, as Anomalib has it, the switches of the post-processor, and the arguments in :attr:`trained_state`.
     Of all other arguments those of the constructor stay, and a warning names each that changes results.
+
+    A checkpoint says the class of its model, see :mod:`anomalib_pack.restoring`.
     """
 
     without_effect: tuple[str, ...] = ()  # arguments that change nothing in the results of a trained model
@@ -47,9 +51,22 @@ class FollowsCheckpoint:
         super().setup(stage)
         check_input_size(self)
 
+    @property
+    def trained_state(self) -> dict[str, Any]:
+        """Arguments that are state of the trained model, plain data by name: a checkpoint's win over the constructor's.
+
+        A mixin that has some adds them to those of ``super()``, and takes them in :meth:`take_trained_state`.
+        """
+        return {}
+
+    def take_trained_state(self, state: dict[str, Any]) -> None:
+        """Take a checkpoint's :attr:`trained_state`, before its tensors are loaded."""
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the components; of a transform that Anomalib cannot store nothing, instead of that there is none."""
+        """Save class, state and components, and nothing, not `None`, of a transform that Anomalib cannot store."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint[CLASS_PATH] = f"{type(self).__module__}.{type(self).__qualname__}"
+        checkpoint[TRAINED_STATE] = self.trained_state
         stored = checkpoint.get(PRE_PROCESSOR)
         if stored == {"transform": None} and getattr(self.pre_processor, "transform", None) is not None:
             del checkpoint[PRE_PROCESSOR]
@@ -63,6 +80,7 @@ class FollowsCheckpoint:
             self.pre_processor = PreProcessor()
         super().on_load_checkpoint(checkpoint)
         self._say_what_the_components_are(checkpoint, given)
+        self._take_trained_state(checkpoint.get(TRAINED_STATE, {}))
         differing = self._differing_arguments(checkpoint)
         self._differing = tuple(differing.values())
         if trainer is None:
@@ -72,6 +90,18 @@ class FollowsCheckpoint:
         if isinstance(trainer.datamodule, AnomalibDataModule):
             trainer.datamodule.setup(trainer.state.fn)  # it is set up, this only gives it the pre-processor's resize
         self._warn_of_other_arguments(differing)
+
+    def _take_trained_state(self, state: dict[str, Any]) -> None:
+        """Take arguments that are state, and say in one line which of the constructor's they replace."""
+        before = {name: self.trained_state.get(name, self.hparams.get(name)) for name in state}
+        others = [
+            f"{name}={_brief(value)} instead of {_brief(before[name])}"
+            for name, value in state.items()
+            if _plain(value) != _plain(before[name])
+        ]
+        self.take_trained_state(state)
+        if others:
+            _warn(self._trainer, f"The checkpoint's values are used, not the constructor's: {'; '.join(others)}.")
 
     def _say_what_the_components_are(self, checkpoint: dict[str, Any], given: dict[str, str]) -> None:
         taken = {name: _described(getattr(self, name)) for name in COMPONENTS}
@@ -112,7 +142,9 @@ class FollowsCheckpoint:
         return {
             name: f"{name}={theirs[name]!r} in the checkpoint, {value!r} here"
             for name, value in ours.items()
-            if name in theirs and name not in (*WEIGHTS, *EXECUTION) and _plain(theirs[name]) != _plain(value)
+            if name in theirs
+            and name not in (*WEIGHTS, *EXECUTION, *checkpoint.get(TRAINED_STATE, {}))
+            and _plain(theirs[name]) != _plain(value)
         }
 
     def _warn_of_other_arguments(self, differing: dict[str, str]) -> None:
@@ -153,6 +185,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return paths_to_strings(value)
+
+
+def _brief(value: Any) -> str:
+    """A value for a message: a polygon or mask is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _replace_callback(trainer: Trainer, old: nn.Module | None, new: nn.Module | None) -> None:

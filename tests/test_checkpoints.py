@@ -177,3 +177,38 @@ class Bare(nn.Module):
 def test_any_module_may_be_a_pre_processor(loco: MVTecLoco, tmp_path: Path) -> None:
     checkpoint = trained(loco, tmp_path, pre_processor=Bare())
     engine(tmp_path).test(Followed(pre_processor=Bare()), datamodule=loco, ckpt_path=checkpoint)
+
+
+class Remembering(Followed):
+    """The tiny model, one of whose arguments is state."""
+
+    @property
+    def trained_state(self):
+        return {"power": self.power}
+
+    def take_trained_state(self, state):
+        self.power = state["power"]
+
+    def __init__(self, power=3, lr=1e-2):
+        super().__init__(power=power, lr=lr)
+        self.power = power
+
+
+def test_arguments_that_are_state_of_the_trained_model(
+    loco: MVTecLoco, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The checkpoint's win, which is said in one line, and are there in what is saved again."""
+    run = engine(tmp_path / "trained", max_epochs=1)
+    run.fit(Remembering(power=5), datamodule=loco)
+    again = engine(tmp_path, max_epochs=2)
+    model = Remembering()
+    again.fit(model, datamodule=loco, ckpt_path=run.best_model_path)
+    assert model.power == 5
+    [line] = said(caplog)
+    assert line == "The checkpoint's values are used, not the constructor's: power=5 instead of 3."
+    saved = torch.load(again.best_model_path, weights_only=True)
+    assert saved["trained_state"] == {"power": 5}
+    assert saved["class_path"] == "test_checkpoints.Remembering"
+    caplog.clear()
+    assert Remembering.load_from_checkpoint(run.best_model_path).power == 5
+    assert said(caplog) == []
