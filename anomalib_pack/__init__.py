@@ -38,6 +38,7 @@ A map, from the outside in::
     defaults.py         what the models choose alike where Anomalib lets a model choose
     data_check/         `python -m anomalib_pack check`: one look at a data set
     evaluation/         anomaly maps as files, and `python -m anomalib_pack evaluate`: their metrics
+    records/            what a run finds in each image: predictions and defects as tables
     tables.py           tables as plain text
     efficiency/         `anomalib efficiency`: latency, throughput, parameters, FLOPs, memory
     sweep/              `anomalib sweep`: many models, data sets and seeds

@@ -7,8 +7,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback, seed_everything
 
 from anomalib_pack.evaluation.write_maps import WriteMaps
+from anomalib_pack.records.write_records import WriteRecords
 
-__all__ = ["SeedEverything", "WriteMaps"]
+__all__ = ["SeedEverything", "WriteMaps", "WriteRecords"]
 
 
 class SeedEverything(Callback):

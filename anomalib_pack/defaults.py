@@ -15,7 +15,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 
-from .callbacks import LinksLatest
+from .callbacks import LinksLatest, WriteRecords
 from .exporting import AntialiasingByProducts, check_any_size, check_installed, images_of_size, keep_antialiasing
 from .feature_cache import FeatureCache
 from .metrics import GroupEvaluator, default_test_metrics
@@ -58,7 +58,7 @@ class OneClassDefaults:
 
     def configure_callbacks(self) -> list[Callback]:
         """Anomalib's callbacks, and the pack's, of which those of the trainer take the place."""
-        ours = (KeepTraining, ProgressLines)
+        ours = (KeepTraining, ProgressLines, WriteRecords)
         cache = [] if self.feature_cache is None else [self.feature_cache]
         missing = [each() for each in ours if not any(isinstance(one, each) for one in self.trainer.callbacks)]
         components = [

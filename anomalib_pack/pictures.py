@@ -10,7 +10,7 @@ from typing import Any
 
 from anomalib.data import ImageBatch
 from anomalib.utils.path import generate_output_filename
-from anomalib.visualization import Visualizer
+from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from PIL import Image
@@ -63,12 +63,32 @@ class SparesMetrics(Callback):
             self._said = True
 
 
+def picture_of(image_path: str, trainer: Trainer, folder: str | Path) -> Path:
+    """Where Anomalib's visualizer puts the picture of an image.
+
+    Args:
+        image_path: The image.
+        trainer: That of the run.
+        folder: The visualizer's ``output_dir``.
+    """
+    data = getattr(trainer, "datamodule", None)
+    names = {"dataset_name": getattr(data, "name", None), "category": getattr(data, "category", None)}
+    return generate_output_filename(image_path, folder, mkdir=False, **names)
+
+
+def output_folder(trainer: Trainer) -> Path | None:
+    """Where the visualizer of a running test or prediction puts its pictures; None without Anomalib's."""
+    for callback in trainer.callbacks:
+        visualizer = callback.visualizer if isinstance(callback, SparesMetrics) else callback
+        if isinstance(visualizer, ImageVisualizer) and visualizer.output_dir is not None:
+            return Path(visualizer.output_dir)
+    return None
+
+
 def _remove_parts(trainer: Trainer, batch: ImageBatch, folder: str | Path) -> None:
     """Remove what is there of a picture that was not finished."""
-    data = trainer.datamodule
-    names = {"dataset_name": getattr(data, "name", None), "category": getattr(data, "category", None)}
     for path in batch.image_path or ():
-        picture = generate_output_filename(path, folder, mkdir=False, **names)
+        picture = picture_of(path, trainer, folder)
         if picture.is_file() and not _is_whole(picture):
             picture.unlink()
 

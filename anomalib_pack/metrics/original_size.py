@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from anomalib import TaskType
-from anomalib.data import Batch
+from anomalib.data import Batch, PredictDataset
 from anomalib.data.datasets.base import AnomalibDataset
 from anomalib.data.utils import LabelName
 from anomalib.models import AnomalibModule
@@ -120,7 +120,7 @@ class Original:
             elif field == "gt_mask":
                 found.gt_mask = None if self.mask is None else self.mask.mask().unsqueeze(0).to(device)
             elif field == "pred_mask":
-                found.pred_mask = _predicted(maps, post_processor)
+                found.pred_mask = predicted_masks(maps, post_processor)
             elif self.defects is None:
                 found.defects = None
             else:
@@ -128,7 +128,8 @@ class Original:
         return found
 
 
-def _predicted(maps: Tensor, post_processor: PostProcessor | None) -> Tensor | None:
+def predicted_masks(maps: Tensor, post_processor: PostProcessor | None) -> Tensor | None:
+    """Masks of a post-processor for raw maps, (B, H, W); None if it gives none."""
     if post_processor is None:
         return None
     device = next((buffer.device for buffer in post_processor.buffers()), maps.device)
@@ -225,18 +226,19 @@ def mask_files(mask_path: Any, image_path: str) -> list[Path]:
     return [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
 
 
-def check_whole_image(model: AnomalibModule, dataset: AnomalibDataset) -> None:
-    """Check that a model's maps show the images of a test set from edge to edge.
+def check_whole_image(model: AnomalibModule, dataset: AnomalibDataset | PredictDataset) -> None:
+    """Check that a model's maps show the images of a test set, or those to predict, from edge to edge.
 
     Raises:
         NotWholeError: If the augmentations of the test set or the pre-processor crop images, pad, flip or turn them.
     """
     from anomalib_pack.data.image_files import read_header  # noqa: PLC0415  # data sets need metrics
 
-    size = read_header(dataset.samples.image_path.iloc[0]).size
+    paths = dataset.samples.image_path if hasattr(dataset, "samples") else dataset.image_filenames
+    size = read_header(next(iter(paths))).size
     pre_processing = getattr(getattr(model, "pre_processor", None), "transform", None)
     # Those that a category has of its own come with the common ones.
-    for augmentations in {id(part): part.augmentations for part in _parts(dataset)}.values():
+    for augmentations in {id(each): each for each in map(_augmentations, _parts(dataset))}.values():
         if not _resizes_only(size, [step for step in (augmentations, pre_processing) if step is not None]):
             msg = (
                 f"The maps of {model.name} do not show images of size {size} (height, width) from edge to edge: the "
@@ -246,8 +248,12 @@ def check_whole_image(model: AnomalibModule, dataset: AnomalibDataset) -> None:
             raise NotWholeError(msg)
 
 
-def _parts(dataset: AnomalibDataset) -> list[AnomalibDataset]:
+def _parts(dataset: AnomalibDataset | PredictDataset) -> list[AnomalibDataset | PredictDataset]:
     return list(getattr(dataset, "parts", {}).values()) or [dataset]
+
+
+def _augmentations(dataset: AnomalibDataset | PredictDataset) -> Any:
+    return dataset.augmentations if hasattr(dataset, "augmentations") else dataset.transform
 
 
 def _resizes_only(size: tuple[int, int], steps: Sequence[Any]) -> bool:

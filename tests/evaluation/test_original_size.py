@@ -285,7 +285,7 @@ def test_defaults_go_on_without_spro(tray, tmp_path):
 @pytest.mark.parametrize("size", [(64, 64), (45, 101)])
 def test_maps_of_whole_images_are_taken(kind, size, tmp_path):
     write(tmp_path / "image.png", np.zeros((*size, 3), np.uint8))
-    samples = SimpleNamespace(image_path=SimpleNamespace(iloc=[tmp_path / "image.png"]))
+    samples = SimpleNamespace(image_path=[tmp_path / "image.png"])
     dataset = SimpleNamespace(samples=samples, augmentations=Resize((32, 32)))
     model = SimpleNamespace(name="TinyModel", pre_processor=SimpleNamespace(transform=WHOLE[kind]))
     check_whole_image(model, dataset)

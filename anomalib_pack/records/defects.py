@@ -1,0 +1,113 @@
+"""Defects as objects: connected regions of a mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from anomalib_pack.checks import require
+
+
+@dataclass(frozen=True)
+class Defect:
+    """A connected region of anomalous pixels, which may touch at corners only.
+
+    A place is that of a pixel, whose column and row count from 0.
+
+    Attributes:
+        x: First column.
+        y: First row.
+        width: Number of columns.
+        height: Number of rows.
+        centroid_x: Mean of the columns of its pixels.
+        centroid_y: Mean of the rows.
+        area: Number of its pixels.
+        area_mm2: Area in square millimetres; None if the size of a pixel is unknown.
+        max_score: Largest value of the map in it.
+    """
+
+    x: int
+    y: int
+    width: int
+    height: int
+    centroid_x: float
+    centroid_y: float
+    area: int
+    area_mm2: float | None
+    max_score: float
+
+
+class Regions(NamedTuple):
+    """The defects of an image.
+
+    Attributes:
+        defects: The one with the largest score first.
+        labels: int32, (H, W): 0 without defect, 1 in the first one, 2 in the second.
+    """
+
+    defects: list[Defect]
+    labels: NDArray[np.int32]
+
+
+def find_defects(
+    mask: NDArray, anomaly_map: NDArray, min_area: int = 0, pixel_size: float | None = None
+) -> list[Defect]:
+    """Find the connected regions of a mask.
+
+    Args:
+        mask: Anomalous pixels, Boolean, (H, W).
+        anomaly_map: Score of each pixel, (H, W), in whatever range.
+        min_area: Least number of pixels of a defect.
+        pixel_size: Width and height of a pixel in millimetres; None if it is unknown.
+
+    Returns:
+        The defects, the one with the largest score first.
+
+    Raises:
+        ValueError: If an argument is out of range, or the sizes of mask and map differ.
+
+    Example:
+        >>> mask, scores = np.zeros((4, 6), dtype=bool), np.zeros((4, 6), dtype=np.float32)
+        >>> mask[1:3, 1:4] = True
+        >>> scores[2, 3] = 7
+        >>> [defect] = find_defects(mask, scores, pixel_size=0.5)
+        >>> defect.x, defect.y, defect.width, defect.height, defect.area, defect.area_mm2, defect.max_score
+        (1, 1, 3, 2, 6, 1.5, 7.0)
+    """
+    return find_regions(mask, anomaly_map, min_area, pixel_size).defects
+
+
+def find_regions(mask: NDArray, anomaly_map: NDArray, min_area: int = 0, pixel_size: float | None = None) -> Regions:
+    """Find the defects as :func:`find_defects` does, and which pixels belong to which."""
+    check_sizes(min_area, pixel_size)
+    require("anomaly_map", anomaly_map.shape, anomaly_map.shape == mask.shape, f"of the mask's shape {mask.shape}")
+    count, labels, stats, centroids = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    inside = labels > 0
+    peaks = np.full(count, -np.inf, dtype=np.float32)
+    np.maximum.at(peaks, labels[inside], anomaly_map[inside])
+    kept = np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= min_area) + 1  # 0 is what is outside
+    kept = kept[np.lexsort((stats[kept, cv2.CC_STAT_LEFT], stats[kept, cv2.CC_STAT_TOP], -peaks[kept]))]
+    numbers = np.zeros(count, dtype=np.int32)
+    numbers[kept] = np.arange(1, len(kept) + 1)
+    scale = None if pixel_size is None else pixel_size**2
+    defects = [
+        Defect(*box, *centroid, area, None if scale is None else area * scale, peak)
+        for (*box, area), centroid, peak in zip(
+            stats[kept].tolist(), centroids[kept].tolist(), peaks[kept].tolist(), strict=True
+        )
+    ]
+    return Regions(defects, numbers[labels])
+
+
+def check_sizes(min_area: int, pixel_size: float | None) -> None:
+    """Check arguments.
+
+    Raises:
+        ValueError: If ``min_area`` is negative, or ``pixel_size`` not above 0.
+    """
+    require("min_area", min_area, min_area >= 0, "at least 0")
+    require("pixel_size", pixel_size, pixel_size is None or pixel_size > 0, "above 0")
