@@ -153,10 +153,16 @@ class DistilledEfficientAdModel(EfficientAdModel):
             ValueError: If the networks cannot take images of this size.
         """
         self.check_image_size(batch.shape[-2:])
-        result = super().forward(batch, batch_imagenet, normalize)
         if self.training:
-            return result
-        return InferenceBatch(pred_score=result.pred_score.flatten(), anomaly_map=result.anomaly_map)  # Anomalib: Bx1
+            return super().forward(batch, batch_imagenet, normalize)
+        return combine(*self.get_maps(batch, normalize))
+
+    def with_branch_scores(self, images: torch.Tensor) -> tuple[InferenceBatch, dict[str, torch.Tensor]]:
+        """Run the model in eval mode, with the maximum (B,) of each of the two maps that it averages."""
+        self.check_image_size(images.shape[-2:])
+        student, autoencoder = self.get_maps(images, normalize=True)
+        scores = {"student": student.amax(dim=(1, 2, 3)), "autoencoder": autoencoder.amax(dim=(1, 2, 3))}
+        return combine(student, autoencoder), scores
 
     def compute_losses(
         self, batch: torch.Tensor, batch_imagenet: torch.Tensor, distance_st: torch.Tensor
@@ -189,3 +195,9 @@ class DistilledEfficientAdModel(EfficientAdModel):
         """Change brightness, contrast or saturation as Anomalib does, drawn by Python (Alg. 1, lines 23 to 28)."""
         change = random.choice((adjust_brightness, adjust_contrast, adjust_saturation))
         return change(image, random.uniform(0.8, 1.2))
+
+
+def combine(student: torch.Tensor, autoencoder: torch.Tensor) -> InferenceBatch:
+    """Average the maps (B, 1, H, W) of student and autoencoder; the maximum is the score (Alg. 2, lines 10 and 11)."""
+    anomaly_map = 0.5 * student + 0.5 * autoencoder
+    return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)

@@ -35,6 +35,9 @@ A map, from the outside in::
     restoring.py        a model from a checkpoint file alone
     remeasuring.py      measurements of a checkpoint, for a model with other values
     exporting.py        exports that see image files as the engine does
+    metadata.py         what an exported file says of itself
+    runtimes.py         models in PyTorch, ONNX Runtime and OpenVINO behind one call
+    explaining.py       which branch of a model fired, in words
     defaults.py         what the models choose alike where Anomalib lets a model choose
     data_check/         `python -m anomalib_pack check`: one look at a data set
     evaluation/         anomaly maps as files, and `python -m anomalib_pack evaluate`: their metrics

@@ -5,19 +5,29 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from anomalib import LearningType
-from anomalib.data import AnomalibDataModule
+from anomalib.data import AnomalibDataModule, InferenceBatch
 from anomalib.deploy import CompressionType
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
+from torch import Tensor
 
 from .callbacks import LinksLatest, WriteRecords
-from .exporting import AntialiasingByProducts, check_any_size, check_installed, images_of_size, keep_antialiasing
+from .exporting import (
+    AntialiasingByProducts,
+    check_any_size,
+    check_installed,
+    giving_extra_outputs,
+    images_of_size,
+    keep_antialiasing,
+    with_extra_outputs,
+)
 from .feature_cache import FeatureCache
+from .metadata import write_metadata
 from .metrics import GroupEvaluator, default_test_metrics
 from .pictures import SparesMetrics
 from .post_processing import RankPreservingPostProcessor
@@ -32,9 +42,13 @@ class OneClassDefaults:
 
     Attributes:
         feature_cache: Of a model that is trained on features of a frozen network.
+        explanation_classes: Branches whose scores are the explanation of a prediction, in its order.
+        extra_outputs: Whether :meth:`forward`, which exports record, gives raw score and branch scores too.
     """
 
     feature_cache: FeatureCache | None = None
+    explanation_classes: tuple[str, ...] = ()
+    extra_outputs: bool = False
 
     def __new__(cls, *_arguments: Any, **keywords: Any) -> OneClassDefaults:
         """Say what stands in the place of an argument that most of Anomalib's models have.
@@ -86,19 +100,42 @@ class OneClassDefaults:
         super().on_load_checkpoint(checkpoint)
         keep_antialiasing(self.pre_processor)
 
+    def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> InferenceBatch | NamedTuple:
+        """Predict as exported files do, from images of any size (B, 3, H, W), RGB in [0, 1]."""
+        return with_extra_outputs(self, batch) if self.extra_outputs else super().forward(batch, *args, **kwargs)
+
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model", extra_outputs: bool = False) -> Path:
+        """Export the model itself, with ``metadata.json`` beside it.
+
+        Args:
+            export_root: Folder of the exported model.
+            model_file_name: Its name.
+            extra_outputs: Whether the model gives raw score and branch scores too, which Anomalib's inferencers do not
+                take.
+        """
+        with giving_extra_outputs(self, extra_outputs):
+            file = super().to_torch(export_root, model_file_name)
+        write_metadata(self, file, None)
+        return file
+
     def to_onnx(
         self,
         export_root: Path | str,
         model_file_name: str = "model",
         input_size: tuple[int, int] | None = None,
+        extra_outputs: bool = False,
         **kwargs: Any,
     ) -> Path:
         """Export to ONNX, also on the way to OpenVINO, with resizes that all runtimes compute alike.
+
+        ``metadata.json`` is beside the file.
 
         Args:
             export_root: Folder of the exported model.
             model_file_name: Its name.
             input_size: Height and width of all images, ``None`` for images of any size.
+            extra_outputs: Add outputs to the graph: ``raw_score``, and the score of each branch that the model has.
+                Anomalib's inferencers take no more than the usual four.
             **kwargs: As in all Anomalib models.
 
         Raises:
@@ -106,8 +143,10 @@ class OneClassDefaults:
         """
         if input_size is None:
             check_any_size(self.pre_processor)
-        with AntialiasingByProducts():
-            return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+        with AntialiasingByProducts(), giving_extra_outputs(self, extra_outputs):
+            file = super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+        write_metadata(self, file, input_size)
+        return file
 
     def to_openvino(
         self,
@@ -116,9 +155,10 @@ class OneClassDefaults:
         input_size: tuple[int, int] | None = None,
         compression_type: CompressionType | None = None,
         datamodule: AnomalibDataModule | None = None,
+        extra_outputs: bool = False,
         **kwargs: Any,
     ) -> Path:
-        """Export to OpenVINO, after a look at what it takes.
+        """Export to OpenVINO, after a look at what it takes, with ``metadata.json`` beside the file.
 
         Args:
             export_root: Folder of the exported model.
@@ -127,6 +167,7 @@ class OneClassDefaults:
             compression_type: As in all Anomalib models. ``INT8_PTQ`` keeps layers in float as the maps of normal
                 validation images need it, see :mod:`anomalib_pack.quantizing`.
             datamodule: For INT8 by quantisation: its validation images, and with accuracy control its test images.
+            extra_outputs: As in :meth:`to_onnx`.
             **kwargs: As in all Anomalib models.
 
         Raises:
@@ -135,9 +176,14 @@ class OneClassDefaults:
         """
         needed = ["openvino"] if compression_type in {None, CompressionType.FP16} else ["openvino", "nncf"]
         check_installed(needed, "This export")
-        if compression_type == CompressionType.INT8_PTQ:
-            with TemporaryDirectory() as folder:
-                in_float = super().to_openvino(folder, model_file_name, input_size, **kwargs)
-                return quantize_file(in_float, Path(export_root, in_float.relative_to(folder)), datamodule)
-        with images_of_size(datamodule, input_size):
-            return super().to_openvino(export_root, model_file_name, input_size, compression_type, datamodule, **kwargs)
+        with giving_extra_outputs(self, extra_outputs), images_of_size(datamodule, input_size):
+            if compression_type == CompressionType.INT8_PTQ:
+                with TemporaryDirectory() as folder:
+                    in_float = super().to_openvino(folder, model_file_name, input_size, **kwargs)
+                    file = quantize_file(in_float, Path(export_root, in_float.relative_to(folder)), datamodule)
+            else:
+                file = super().to_openvino(
+                    export_root, model_file_name, input_size, compression_type, datamodule, **kwargs
+                )
+        write_metadata(self, file, input_size)
+        return file

@@ -8,14 +8,16 @@ OpenVINO files an antialiased interpolation is two matrix products, which all ru
 from __future__ import annotations
 
 import copy
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from anomalib.data import AnomalibDataModule
+from anomalib.data import AnomalibDataModule, InferenceBatch
 from anomalib.data.transforms import ExportableCenterCrop, SquarePad
 from anomalib.data.transforms.utils import extract_transforms_by_type
+from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from anomalib.pre_processing.utils.transform import convert_center_crop_transform
 from lightning_utilities.core.imports import module_available
@@ -80,6 +82,63 @@ def images_of_size(datamodule: AnomalibDataModule | None, size: tuple[int, int] 
     finally:
         for name, own in given.items():
             setattr(datamodule, name, own)
+
+
+class Detailed(NamedTuple):
+    """What a model gives for images, before and after its post-processor.
+
+    Attributes:
+        raw: Before it.
+        batch: After it.
+        branches: Scores (B,) of the model's branches by name; none where it has none.
+    """
+
+    raw: InferenceBatch
+    batch: InferenceBatch
+    branches: dict[str, torch.Tensor]
+
+
+def detailed(model: AnomalibModule, images: torch.Tensor) -> Detailed:
+    """Run a model, any of Anomalib's, as its exported file does.
+
+    Args:
+        model: In eval mode.
+        images: RGB in [0, 1], (B, 3, H, W).
+    """
+    images = model.pre_processor(images) if model.pre_processor else images
+    network = model.model
+    raw, branches = (
+        network.with_branch_scores(images) if hasattr(network, "with_branch_scores") else (network(images), {})
+    )
+    return Detailed(raw, model.post_processor(raw) if model.post_processor else raw, branches)
+
+
+def raw_score(raw: InferenceBatch) -> torch.Tensor:
+    """Scores before post-processing; where a model gives none, the maxima of its maps, as post-processors have it."""
+    return raw.anomaly_map.amax(dim=(-2, -1)) if raw.pred_score is None else raw.pred_score
+
+
+def branch_outputs(branches: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Scores of branches by the name of their output."""
+    return {f"{name}_score": scores for name, scores in branches.items()}
+
+
+def with_extra_outputs(model: AnomalibModule, images: torch.Tensor) -> NamedTuple:
+    """What a model gives for images, with ``raw_score``, and the score of a branch called b as ``b_score``."""
+    raw, batch, branches = detailed(model, images)
+    extra = {"raw_score": raw_score(raw)} | branch_outputs(branches)
+    return namedtuple("ExtendedBatch", [*batch._fields, *extra])(*batch, *extra.values())
+
+
+@contextmanager
+def giving_extra_outputs(model: AnomalibModule, wanted: bool) -> Iterator[None]:
+    """Let a model give extra outputs, if that is wanted or it does already."""
+    before = model.extra_outputs
+    model.extra_outputs = wanted or before
+    try:
+        yield
+    finally:
+        model.extra_outputs = before
 
 
 class AntialiasingByProducts(TorchFunctionMode):

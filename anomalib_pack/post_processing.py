@@ -297,10 +297,10 @@ class RankPreservingPostProcessor(PostProcessor):
         return _normalize_if_known(anomaly_map, *self._pixel_statistics())
 
     def _image_statistics(self) -> tuple[Tensor, Tensor]:
-        return _threshold_and_scale(self.image_threshold, self.image_min, self.image_max)
+        return threshold_and_scale(self.image_threshold, self.image_min, self.image_max)
 
     def _pixel_statistics(self) -> tuple[Tensor, Tensor]:
-        return _threshold_and_scale(self.pixel_threshold, self.pixel_min, self.pixel_max)
+        return threshold_and_scale(self.pixel_threshold, self.pixel_min, self.pixel_max)
 
 
 def check_finite(samples: SimpleNamespace) -> None:
@@ -316,7 +316,7 @@ def check_finite(samples: SimpleNamespace) -> None:
         raise ValueError(msg)
 
 
-def _threshold_and_scale(threshold: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def threshold_and_scale(threshold: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Threshold, or as in the base class the middle of the range where there is none, and scale of normalisation."""
     value_range = high - low
     scale = torch.where(value_range == 0, torch.ones_like(value_range), value_range / UNITS_PER_RANGE)

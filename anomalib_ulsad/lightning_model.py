@@ -30,6 +30,7 @@ from anomalib_pack.checks import (
     require,
 )
 from anomalib_pack.defaults import OneClassDefaults
+from anomalib_pack.explaining import explain
 from anomalib_pack.feature_cache import FeatureCache
 from anomalib_pack.passes import (
     measures_of_normal_images,
@@ -44,7 +45,7 @@ from anomalib_pack.statistics import channel_sums, mean_and_std
 from anomalib_pack.training import EndsOnBadLoss, ValidatesAtTheEnd, train_for_paper_epochs
 
 from .loss import UlsadLoss
-from .torch_model import BranchMaps, UlsadModel, combine
+from .torch_model import BranchMaps, UlsadModel, branch_scores, combine
 
 PAPER_EPOCHS = 200  # Sec. 4.1
 
@@ -98,6 +99,7 @@ class Ulsad(
     """
 
     branch_maps: BranchMaps | None = None
+    explanation_classes = ("logical", "structural")
 
     def __init__(
         self,
@@ -254,7 +256,7 @@ class Ulsad(
 
     def _predict(self, batch: ImageBatch) -> ImageBatch:
         maps = self.branch_maps = self.model.maps(batch.image)
-        return batch.update(**combine(maps)._asdict(), explanation=explain(maps))
+        return batch.update(**combine(maps)._asdict(), explanation=explain(branch_scores(maps)))
 
     def teardown(self, stage: str) -> None:  # noqa: ARG002
         """Forget the last batch, which is no part of an exported model."""
@@ -277,15 +279,3 @@ class Ulsad(
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Resize to ``image_size`` (height, width), 256 x 256 as in Sec. 4.1 by default, without normalisation."""
         return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
-
-
-def explain(maps: BranchMaps) -> list[str]:
-    """Say for each image which branch fired, e.g. ``"logical 0.83, structural 0.12"``.
-
-    The numbers are the maxima of the branches' maps: 0.1 is the 99.5 % quantile of normal pixels by default.
-    """
-    structural = maps.structural.amax(dim=(1, 2, 3)).tolist()
-    if maps.logical is None:
-        return [f"structural {score:.2f}" for score in structural]
-    logical = maps.logical.amax(dim=(1, 2, 3)).tolist()
-    return [f"logical {ours:.2f}, structural {theirs:.2f}" for ours, theirs in zip(logical, structural, strict=True)]

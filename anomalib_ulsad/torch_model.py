@@ -319,6 +319,11 @@ class UlsadModel(nn.Module):
         """
         return self.branches(images) if self.training else combine(self.maps(images))
 
+    def with_branch_scores(self, images: torch.Tensor) -> tuple[InferenceBatch, dict[str, torch.Tensor]]:
+        """Run the model in eval mode, with the score (B,) of each branch, see :func:`branch_scores`."""
+        maps = self.maps(images)
+        return combine(maps), branch_scores(maps)
+
     def load_official_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Load trained networks, statistics and quantiles under the names of the published code.
 
@@ -369,6 +374,12 @@ def combine(maps: BranchMaps) -> InferenceBatch:
     branches = [maps.structural] if maps.logical is None else [maps.structural, maps.logical]
     anomaly_map = torch.cat(branches, dim=1).mean(dim=1, keepdim=True)
     return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
+
+
+def branch_scores(maps: BranchMaps) -> dict[str, torch.Tensor]:
+    """Maxima (B,) of the branches' maps: 0.1 is the 99.5 % quantile of normal pixels by default."""
+    found = {"logical": maps.logical, "structural": maps.structural}
+    return {name: branch.amax(dim=(1, 2, 3)) for name, branch in found.items() if branch is not None}
 
 
 def _under(prefix: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

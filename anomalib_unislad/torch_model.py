@@ -270,16 +270,23 @@ class UnisladModel(nn.Module):
             ]
         return [*scores, None if patch_map is None else patch_map.amax(dim=(1, 2, 3))]
 
-    def image_score(self, raw: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """Step 8, second half: S (B,) from the scores, brought to one scale (Eqs. 20 and 21)."""
+    def parts(self, raw: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Step 8, second half: the two parts (B,) of Eq. 21 from the scores, brought to one scale.
+
+        Returns:
+            S_i of Eq. 20, by which logical anomalies are found, and the patch score; ``None`` where it is switched off.
+        """
         local, global_, class_token, patch = (
             score if score is None else (score - mean) / std
             for score, mean, std in zip(raw, self.score_mean, self.score_std, strict=True)
         )
         # Ours: S_ig has "the same structure as Eq. (18)"; which of the two takes w_ig is not said.
         of_vit = fuse(global_, class_token, self.w_ig)
-        of_image = fuse(local, of_vit, self.w_i)  # Eq. 20
-        return fuse(of_image, patch, self.w)  # Eq. 21
+        return fuse(local, of_vit, self.w_i), patch  # Eq. 20
+
+    def image_score(self, raw: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """S (B,) from the scores (Eq. 21)."""
+        return fuse(*self.parts(raw), self.w)
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Detect anomalies.
@@ -294,19 +301,26 @@ class UnisladModel(nn.Module):
         Raises:
             ValueError: If there is no memory bank yet, or the networks cannot take images of this size.
         """
+        return self.with_branch_scores(images)[0]
+
+    def with_branch_scores(self, images: torch.Tensor) -> tuple[InferenceBatch, dict[str, torch.Tensor]]:
+        """Detect anomalies as :meth:`forward` does, with the scores (B,) of image and patches that Eq. 21 weighs."""
         features = self.extract(images)
         if not self.is_fitted:
             msg = "Unislad has no memory banks yet. Train it (one pass over the training images) or load a checkpoint."
             raise ValueError(msg)
         with torch.autocast(images.device.type, enabled=False):  # half precision would merge scores
             patch_map = self.patch_map(features)
-            score = self.image_score(self.raw_scores(features, patch_map))
+            raw = self.raw_scores(features, patch_map)
+            score = self.image_score(raw)
+            parts = zip(("logical", "patch"), self.parts(raw), strict=True)
+            branches = {name: part for name, part in parts if part is not None}
             if patch_map is None:
-                return InferenceBatch(pred_score=score)
+                return InferenceBatch(pred_score=score), branches
             # Step 9, in the manner of PatchCore.
             full = interpolate(patch_map, size=images.shape[-2:], mode="bilinear", align_corners=False)
             blurred = gaussian_blur(full, BLUR_WIDTH, SIGMA, border="reflect")
-            return InferenceBatch(pred_score=score, anomaly_map=blurred)
+            return InferenceBatch(pred_score=score, anomaly_map=blurred), branches
 
 
 def build_vit(name: str, layer: int, weights: str | Path | None) -> FrozenBackbone:

@@ -104,7 +104,7 @@ def decode(data: bytes, white_level: float | None = None) -> ImageTensor:
     if white_level is None and header.bits > 16 and not is_float:
         msg = "what is white among its 32-bit numbers is not known: give it as white_level"
         raise ValueError(msg)
-    return _scaled(values, white_level or (1 if is_float else 65535))
+    return scaled(values, white_level or (1 if is_float else 65535))
 
 
 def _colours(data: bytes) -> np.ndarray:
@@ -116,16 +116,21 @@ def _colours(data: bytes) -> np.ndarray:
     return values[..., 2::-1]  # from BGR or BGRA
 
 
-def _scaled(values: np.ndarray, white: float) -> ImageTensor:
-    scaled = torch.from_numpy(values.astype(np.float32)) / white
-    low, high = scaled.aminmax()
+def scaled(values: np.ndarray, white: float) -> ImageTensor:
+    """Values (H, W) or (H, W, 3) as RGB in [0, 1], (3, H, W).
+
+    Raises:
+        ValueError: If one is not from 0 to ``white``.
+    """
+    image = torch.from_numpy(values.astype(np.float32)) / white
+    low, high = image.aminmax()
     if not (low >= 0 and high <= 1):  # also for NaN
         found = f"{values.min():g} to {values.max():g}"
         msg = f"its values are {found}, not 0 to {white:g}: give what is white as white_level"
         raise ValueError(msg)
-    if scaled.ndim == 2:
-        scaled = scaled[..., None].expand(-1, -1, 3)
-    return ImageTensor(scaled.permute(2, 0, 1).contiguous())  # (H, W, 3) -> (3, H, W)
+    if image.ndim == 2:
+        image = image[..., None].expand(-1, -1, 3)
+    return ImageTensor(image.permute(2, 0, 1).contiguous())  # (H, W, 3) -> (3, H, W)
 
 
 def read_header(path: str | Path, remedy: str = REPLACE) -> Header:

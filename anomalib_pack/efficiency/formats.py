@@ -7,8 +7,6 @@ mode as Anomalib's Torch file holds it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +24,7 @@ from anomalib_pack.efficiency.settings import Entry, Settings
 from anomalib_pack.efficiency.timing import latency, pass_times
 from anomalib_pack.exporting import check_installed
 from anomalib_pack.quantizing import quantize_file
-
-Outputs = dict[str, np.ndarray]
-Run = Callable[[np.ndarray], Outputs]
+from anomalib_pack.runtimes import OnnxRuntime, OpenVinoRuntime, Runtime, TorchRuntime
 
 PRECISIONS = {
     "torch": "float32",
@@ -61,7 +57,7 @@ def measure_format(entry: Entry, settings: Settings, kind: str, folder: Path) ->
     else:
         model = torch.load(torch_file, weights_only=False)["model"].eval()
     file = torch_file if kind == "torch" else export(model, kind, folder / kind, data or prepared(entry.data))
-    run = RUNS[kind.partition("_")[0]](file)
+    run = load(file, kind)
     size = entry.image_size or model.input_size
     image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).numpy()
     label = f"{entry.name}, {kind}"
@@ -98,37 +94,11 @@ def export(model: AnomalibModule, kind: str, folder: Path, datamodule: AnomalibD
     return model.to_openvino(folder, compression_type=compression)
 
 
-def run_torch(file: Path) -> Run:
-    """Run Anomalib's Torch file in eager mode."""
-    model = torch.load(file, weights_only=False)["model"].eval()
-
-    @torch.inference_mode()
-    def run(image: np.ndarray) -> Outputs:
-        outputs = model(torch.from_numpy(image))._asdict()
-        return {name: value.numpy() for name, value in outputs.items() if value is not None}
-
-    return run
-
-
-def run_onnx(file: Path) -> Run:
-    """Run an ONNX file in ONNX Runtime, with as many threads as PyTorch has."""
-    onnxruntime = import_module("onnxruntime")  # an extra
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    source = session.get_inputs()[0].name
-    return lambda image: dict(zip(names, session.run(None, {source: image}), strict=True))
-
-
-def run_openvino(file: Path) -> Run:
-    """Run an OpenVINO file with as many threads as PyTorch has; what is not INT8 in float32, not in bfloat16."""
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = import_module("openvino").compile_model(file, "CPU", options)
-    return lambda image: {output.any_name: value for output, value in compiled(image).items()}
-
-
-RUNS = {"torch": run_torch, "onnx": run_onnx, "openvino": run_openvino}
+def load(file: Path, kind: str) -> Runtime:
+    """Load a file of one of ``PRECISIONS``."""
+    if kind == "torch":
+        return TorchRuntime(torch.load(file, weights_only=False)["model"], "cpu")
+    return OnnxRuntime(file, "cpu") if kind == "onnx" else OpenVinoRuntime(file, "cpu")
 
 
 def file_size(file: Path) -> int:
@@ -136,7 +106,7 @@ def file_size(file: Path) -> int:
     return sum(part.stat().st_size for part in file.parent.glob(f"{file.stem}*") if part.is_file())
 
 
-def compared(run: Run, datamodule: AnomalibDataModule, kind: str, folder: Path) -> dict[str, float | None]:
+def compared(run: Runtime, datamodule: AnomalibDataModule, kind: str, folder: Path) -> dict[str, float | None]:
     """Image AUROC on the test images, and how far maps are from those of ``torch``, as shares of their range."""
     data = datamodule.test_data
     outputs = [run(data[index].image[None].numpy()) for index in range(len(data))]

@@ -239,7 +239,7 @@ def check_whole_image(model: AnomalibModule, dataset: AnomalibDataset | PredictD
     pre_processing = getattr(getattr(model, "pre_processor", None), "transform", None)
     # Those that a category has of its own come with the common ones.
     for augmentations in {id(each): each for each in map(_augmentations, _parts(dataset))}.values():
-        if not _resizes_only(size, [step for step in (augmentations, pre_processing) if step is not None]):
+        if not keeps_places(size, [step for step in (augmentations, pre_processing) if step is not None]):
             msg = (
                 f"The maps of {model.name} do not show images of size {size} (height, width) from edge to edge: the "
                 f"pre-processor's transform, {pre_processing}, or the augmentations of the test set, {augmentations}, "
@@ -256,7 +256,7 @@ def _augmentations(dataset: AnomalibDataset | PredictDataset) -> Any:
     return dataset.augmentations if hasattr(dataset, "augmentations") else dataset.transform
 
 
-def _resizes_only(size: tuple[int, int], steps: Sequence[Any]) -> bool:
+def keeps_places(size: tuple[int, int], steps: Sequence[Any]) -> bool:
     """Whether transforms leave a place in an image of this size where it is, as a share of height and width."""
     height, width = size
     image = tv_tensors.Image(torch.zeros(3, height, width))
