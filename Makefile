@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.anomalib-pack-installed
+DOCS_READY := $(VENV)/.anomalib-pack-docs-installed
+OLDEST := .venv-oldest
 
-.PHONY: demo test test-slow test-gpu lint format clean
+.PHONY: demo test test-oldest test-slow test-gpu lint format docs clean
 
 demo: $(READY)
 	$(BIN)/anomalib train --config configs/demo.yaml
@@ -14,8 +16,17 @@ demo: $(READY)
 
 # Two processes with one thread each: most tests start programs that import for seconds, which threads do not speed up.
 # Whole files go to a process, because their tests share costly fixtures.
+TEST := -m pytest --numprocesses 2 --dist loadfile
+
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python $(TEST)
+
+# The same with the lowest versions that pyproject.toml allows, in an environment of their own.
+test-oldest:
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable ".[test]"
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(TEST)
 
 # What takes minutes for each test, with time for it.
 test-slow: $(READY)
@@ -35,11 +46,20 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation site. A link or reference that leads nowhere is an error.
+docs: $(DOCS_READY)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --conf-dir docs . build/site
+	@echo "The site: build/site/index.html"
+
 clean:
-	rm -rf $(VENV) results build dist
+	rm -rf $(VENV) $(OLDEST) results build dist
 
 # Anew whenever the requirements change. constraints.txt pins what the tests ran on.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(READY)
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $(DOCS_READY)

@@ -181,7 +181,7 @@ class Backbone(nn.Module):
 class FrozenBackbone(Backbone):
     """A backbone that is never trained: without gradients and always in eval mode. Arguments are the backbone's.
 
-    A CNN's features are those of a folded copy of the network; see :mod:`anomalib_pack.folding`.
+    A CNN's features are those of a folded copy of the network; see ``anomalib_pack.folding``.
 
     Example:
         >>> backbone = FrozenBackbone("resnet18", ["layer2", "layer3"], weights=None)

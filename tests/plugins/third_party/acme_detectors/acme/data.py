@@ -1,3 +1,5 @@
+"""The data: folders of images, as they come from the line."""
+
 from anomalib.data import Folder
 
 

@@ -1,3 +1,5 @@
+"""A command: `anomalib acme-report`."""
+
 from anomalib.pipelines.components.base import Pipeline
 
 

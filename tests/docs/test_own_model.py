@@ -1,0 +1,80 @@
+"""The page "Write your own model" shows the distribution that the tests of plugins install, and it works."""
+
+import configparser
+import re
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import torch
+from anomalib.engine import Engine
+from documents import CHECKOUT, blocks
+
+from anomalib_pack.data import SyntheticLoco
+
+FOLDER = CHECKOUT / "tests/plugins/third_party/acme_detectors"
+PAGE = [block for block in blocks("python", "toml") if block.document == "docs/own_model.md" and block.file]
+
+
+def without_blank_lines(code: str) -> list[str]:
+    return [line for line in code.splitlines() if line.strip()]
+
+
+def test_page_shows_every_line() -> None:
+    """Block by block; methods are shown without their indentation."""
+    rest = {path.relative_to(FOLDER).as_posix(): without_blank_lines(path.read_text()) for path in FOLDER.rglob("*.py")}
+    for block in PAGE:
+        if block.language == "python":
+            shown = without_blank_lines(block.code)
+            part, rest[block.file] = rest[block.file][: len(shown)], rest[block.file][len(shown) :]
+            assert dedent("\n".join(part)).splitlines() == shown
+    assert not any(rest.values())
+
+
+def test_page_shows_the_entry_points() -> None:
+    [block] = [block for block in PAGE if block.language == "toml"]
+    tables = re.findall(r'^\[project\.entry-points\."([\w.]+)"\]\n(\S+) = "(.+)"$', block.code, re.MULTILINE)
+    parser = configparser.ConfigParser()
+    parser.optionxform = str
+    parser.read(FOLDER / block.file)
+    assert tables == [(group, *entry) for group in parser.sections() for entry in parser.items(group)]
+
+
+@pytest.fixture(scope="module")
+def acme() -> object:
+    """The package, imported from its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        import acme.torch_model
+
+        yield acme
+    for name in [name for name in sys.modules if name.split(".")[0] in {"acme", "acme_common"}]:
+        del sys.modules[name]
+
+
+def test_network_learns_ranges(acme: object) -> None:
+    torch.manual_seed(0)
+    images, others = torch.rand(4, 3, 8, 8), torch.rand(2, 3, 8, 8) + 1
+    at_once, in_parts = acme.torch_model.AcmeTorchModel(5, 2.0), acme.torch_model.AcmeTorchModel(5, 2.0)
+    in_parts.load_state_dict(at_once.state_dict())
+    at_once.learn(images)
+    for part in images.split(3):
+        in_parts.learn(part)
+    assert torch.equal(at_once(others).anomaly_map, in_parts(others).anomaly_map)
+    assert not at_once(images).anomaly_map.any()
+    assert (at_once(others).pred_score > 0).all()
+
+
+def test_model_runs_and_resumes(acme: object, tmp_path: Path) -> None:
+    """As far as scores: fit, test, and the same scores from the checkpoint."""
+    datamodule = SyntheticLoco(
+        tmp_path / "data", image_size=64, num_train=4, num_val=2, num_test=2, train_batch_size=2, num_workers=0
+    )
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
+    model = acme.AcmeModel(width=4)
+    engine.fit(model, datamodule=datamodule)
+    metrics = engine.test(model, datamodule=datamodule)
+    assert 0 <= metrics[0]["image_AUROC"] <= 1
+    again = acme.AcmeModel(width=4)
+    assert engine.test(again, datamodule=datamodule, ckpt_path=engine.best_model_path) == metrics
