@@ -37,6 +37,8 @@ A map, from the outside in::
     exporting.py        exports that see image files as the engine does
     metadata.py         what an exported file says of itself
     runtimes.py         models in PyTorch, ONNX Runtime and OpenVINO behind one call
+    frames.py           frames of a camera, read as the engine reads image files
+    inspector.py        a trained model that takes them, from a checkpoint or an exported file
     explaining.py       which branch of a model fired, in words
     defaults.py         what the models choose alike where Anomalib lets a model choose
     data_check/         `python -m anomalib_pack check`: one look at a data set
@@ -47,9 +49,18 @@ A map, from the outside in::
     sweep/              `anomalib sweep`: many models, data sets and seeds
 
 A method package (`anomalib_ulsad`, ...) uses these; nothing here knows a method. Import from the modules: this file
-runs whenever Python starts, so it imports nothing else.
+runs whenever Python starts, so it imports nothing else. `anomalib_pack.Inspector` is imported when it is asked for.
 """
 
 from anomalib_pack import _autoload
 
 _autoload.install()
+
+
+def __getattr__(name: str) -> type:
+    if name == "Inspector":
+        from anomalib_pack.inspector import Inspector  # noqa: PLC0415  # see above
+
+        return Inspector
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

@@ -97,7 +97,7 @@ def load(file: Path) -> dict:
 
 def test_onnx(tmp_path: Path) -> None:
     """The graph has Anomalib's outputs, and raw scores are the inverse; or they are outputs as well."""
-    model = PackModel()
+    model = PackModel().eval()
     images = noise(3, 3, 40, 60)
     found = {}
     for extra in (False, True):
@@ -150,7 +150,7 @@ def test_openvino(tmp_path: Path) -> None:
 
 def test_torch(tmp_path: Path) -> None:
     images = noise(2, 3, 40, 60)
-    model = PackModel(pre_processor=PreProcessor(Resize((32, 48))))
+    model = PackModel(pre_processor=PreProcessor(Resize((32, 48)))).eval()
     usual = torch.load(model.to_torch(tmp_path), weights_only=False)["model"](images)
     assert isinstance(usual, InferenceBatch)
     file = model.to_torch(tmp_path, "more", extra_outputs=True)

@@ -18,6 +18,7 @@ from anomalib.models import AnomalibModule
 from sklearn.metrics import roc_auc_score
 
 from anomalib_pack.efficiency.environment import environment
+from anomalib_pack.efficiency.frames import inspection
 from anomalib_pack.efficiency.memory import MIB
 from anomalib_pack.efficiency.models import build
 from anomalib_pack.efficiency.settings import Entry, Settings
@@ -65,6 +66,8 @@ def measure_format(entry: Entry, settings: Settings, kind: str, folder: Path) ->
     times = [pass_times(lambda: run(image), device, **counts, label=label) for _ in range(settings.runs)]
     row = {"format": kind, "precision": PRECISIONS[kind], "size_mib": round(file_size(file) / MIB, 2)}
     row |= latency(np.stack(times))
+    source = torch.load(file, weights_only=False)["model"] if kind == "torch" else file
+    row |= inspection(source, tuple(size), "cpu", settings, label)
     if data is not None:
         row |= compared(run, data, kind, folder)
     return {"image_size": f"{size[0]} x {size[1]}", **counts, "runs": settings.runs, **row, **environment(device)}

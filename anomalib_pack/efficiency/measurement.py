@@ -11,6 +11,7 @@ import torch
 
 from anomalib_pack.efficiency.complexity import flops, learnable_count, parameter_count, profiler_flops
 from anomalib_pack.efficiency.environment import environment
+from anomalib_pack.efficiency.frames import inspection
 from anomalib_pack.efficiency.memory import bank_size, peak_mib, reset_peak
 from anomalib_pack.efficiency.models import build
 from anomalib_pack.efficiency.settings import Entry, Settings
@@ -97,6 +98,8 @@ def measure(entry: Entry, settings: Settings) -> dict[str, Any]:
                 }
         row["flops"] = flops(network, images(1).to(device))
         row["flops_profiler"] = profiler_flops(network, images(1).to(device))
+    if settings.protocol == "prediction" and entry.precision == "float32":  # an inspector's
+        row |= inspection(model, tuple(size), settings.device, settings, entry.name)
     return {
         "image_size": f"{size[0]} x {size[1]}",
         "precision": entry.precision,

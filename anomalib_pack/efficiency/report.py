@@ -32,6 +32,7 @@ FILE_COLUMNS: dict[str, Callable[[Row], Any]] = {
     "ms": itemgetter("latency_mean_ms"),
     "95 %": itemgetter("latency_p95_ms"),
     "img/s": lambda row: 1000 / row["latency_mean_ms"],
+    "frame": lambda row: row.get("inspector_mean_ms"),
 }
 VERSIONS = ("anomalib_pack", "anomalib", "torch", "timm", "faiss", "cuda", "python")
 
@@ -57,7 +58,13 @@ def write_markdown(rows: list[Row], path: Path, metric: str) -> None:
     batches = _batches(rows)
     header = ["Model", "Input", "Precision"]
     header += [metric] if any(metric in row for row in rows) else []
-    header += ["Latency [ms]", "median", "95 %", *(f"Throughput [img / s], batch {batch}" for batch in batches)]
+    header += [
+        "Latency [ms]",
+        "median",
+        "95 %",
+        "Inspector [ms]",
+        *(f"Throughput [img / s], batch {batch}" for batch in batches),
+    ]
     header += ["Parameters [x 10^6]", "FLOPs [x 10^9]", "by profiler"]
     header += ["Memory [MiB]", *(f"batch {batch}" for batch in batches), "Bank", "Bank [MiB]"]
     lines = ["# Efficiency", "", *_about(measured), "", _line(header), "|---|" + "---:|" * (len(header) - 1)]
@@ -76,9 +83,10 @@ def console_table(rows: list[Row]) -> Table:
     rows = _networks(rows)
     batch = next(reversed(_batches(rows)), None)
     images = "" if batch is None else f"img/s: batch {batch}; "
-    table = Table(title="Efficiency", caption=f"ms: mean latency; {images}M par.: + values in the bank")
+    caption = f"ms: mean latency; frame: that of the inspector; {images}M par.: + values in the bank"
+    table = Table(title="Efficiency", caption=caption)
     table.add_column("Model", overflow="fold")
-    for title in ("ms", "95 %", "img/s", "M par.", "GFLOPs", "MiB"):
+    for title in ("ms", "95 %", "frame", "img/s", "M par.", "GFLOPs", "MiB"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(row["model"], *(["failed"] if "error" in row else _console_cells(row, batch)))
@@ -114,6 +122,7 @@ def _console_cells(row: Row, batch: int | None) -> list[str]:
     return [
         _number(row["latency_mean_ms"]),
         _number(row["latency_p95_ms"]),
+        _number(row.get("inspector_mean_ms")),
         _number(row.get(f"throughput_{batch}")),
         _parameters(row),
         _number(row["flops"] / 1e9),
@@ -135,6 +144,7 @@ def _cells(row: Row, header: list[str], batches: list[int], metric: str) -> list
         *accuracy,
         _with_deviation(row["latency_mean_ms"], row["latency_std_ms"]),
         *(_number(row[key]) for key in ("latency_median_ms", "latency_p95_ms")),
+        _number(row.get("inspector_mean_ms")),
         *(_with_deviation(row[f"throughput_{batch}"], row[f"throughput_std_{batch}"]) for batch in batches),
         _parameters(row),
         _number(row["flops"] / 1e9),

@@ -5,6 +5,7 @@ free to choose. Beside that it runs, exported models must agree with the engine.
 """
 
 import csv
+import json
 import shutil
 from argparse import Namespace
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from anomalib.data import MVTecAD
+from anomalib.data import ImageBatch, MVTecAD
 from anomalib.data.utils import read_image
 from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.models import AnomalibModule, get_model
@@ -28,6 +29,10 @@ from anomalib.utils.path import convert_to_snake_case
 from cases import Case
 from PIL import Image
 from runs import SEED, Trained, quiet_engine, run_cli, write_model_config
+
+from anomalib_pack.exporting import detailed
+from anomalib_pack.inspector import Inspection, Inspector
+from anomalib_pack.runtimes import OpenVinoRuntime
 
 TOLERANCE = 1e-4  # of the map's range
 COMPARED = ("anomaly_map", "pred_score", "pred_label")
@@ -154,8 +159,11 @@ def test_exports(trained: Trained, restored: AnomalibModule, loco_root: Path, tm
     inferencer = TorchInferencer(tmp_path / "weights/torch/model.pt", device="cpu")
     with torch.no_grad():
         agree(stack([inferencer.predict(image) for image in images]), eager)
-    inferencer = OpenVINOInferencer(tmp_path / "weights/openvino/model.xml", device="CPU", config=OPENVINO_IN_FLOAT32)
+    file = tmp_path / "weights/openvino/model.xml"
+    inferencer = OpenVINOInferencer(file, device="CPU", config=OPENVINO_IN_FLOAT32)
     agree(stack([inferencer.predict(image) for image in images]), eager)
+    paths = sorted((loco_root / "tray" / "test").glob("*/000.png"))
+    same_findings(Inspector(file).predict(paths), Inspector(trained.checkpoint).predict(paths))
 
 
 def stack(rows: Sequence) -> dict[str, np.ndarray]:
@@ -202,6 +210,14 @@ def test_files_of_any_size(
             **dict(zip(outputs, session.run(None, {session.get_inputs()[0].name: image}), strict=True))
         )
 
+    inspected = [Inspector(file).predict(files) for file in (trained.checkpoint, torch_file, onnx_file)]
+    for found in inspected:
+        same_findings(found, inspected[0])
+        scores = np.array([each.pred_score for each in found])
+        np.testing.assert_allclose(scores, expected["pred_score"].flatten(), atol=TOLERANCE)
+        assert [each.pred_label for each in found] == expected["pred_label"].flatten().tolist()
+    assert [each.explanation for each in inspected[0]] == [text for batch in predicted for text in explanations(batch)]
+
     for predict in (
         TorchInferencer(torch_file, device="cpu").predict,
         run_onnx,
@@ -209,6 +225,39 @@ def test_files_of_any_size(
     ):
         with torch.no_grad():
             agree(stack([predict(str(file)) for file in files]), expected)
+
+
+def same_findings(found: Sequence[Inspection], expected: Sequence[Inspection]) -> None:
+    """Scores, maps, labels and masks, the latter but for pixels on the threshold."""
+    raw = np.array([each.raw_score for each in expected])
+    assert np.ptp(raw) > 0
+    np.testing.assert_allclose([each.raw_score for each in found], raw, atol=10 * TOLERANCE * np.ptp(raw))
+    for one, other in zip(found, expected, strict=True):
+        assert one.pred_label == other.pred_label
+        assert one.pred_score == pytest.approx(other.pred_score, abs=TOLERANCE)
+        np.testing.assert_allclose(one.anomaly_map, other.anomaly_map, atol=TOLERANCE)
+        assert (one.pred_mask != other.pred_mask).mean() < 1e-3
+
+
+def explanations(batch: ImageBatch) -> list[str | None]:
+    return batch.explanation or [None] * len(batch.image_path)
+
+
+@pytest.mark.slow
+def test_extra_outputs(restored: AnomalibModule, loco_root: Path, tmp_path: Path) -> None:
+    """Raw score and branch scores of the graph are the model's, which metadata tells of."""
+    images = images_of(restored, loco_root)
+    with torch.no_grad():
+        raw, _, branches = detailed(restored, images)
+    file = restored.to_openvino(tmp_path, extra_outputs=True)
+    found = OpenVinoRuntime(file)(images.numpy())
+    names = [output["name"] for output in json.loads(file.with_name("metadata.json").read_text())["outputs"]]
+    assert names == list(found)
+    assert names[:4] == ["pred_score", "pred_label", "anomaly_map", "pred_mask"]
+    expected = {"raw_score": raw.pred_score} | {f"{name}_score": scores for name, scores in branches.items()}
+    assert names[4:] == list(expected)
+    for name, scores in expected.items():
+        np.testing.assert_allclose(found[name], scores.numpy(), rtol=1e-3, atol=1e-3 * float(scores.abs().max()))
 
 
 @pytest.mark.slow

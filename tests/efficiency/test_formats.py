@@ -42,6 +42,7 @@ def test_maps_and_sizes(rows: dict[str, dict]) -> None:
     for kind in PRECISIONS:
         assert rows[kind]["format"] == kind
         assert rows[kind]["latency_mean_ms"] > 0
+        assert rows[kind]["inspector_mean_ms"] > 0
     assert rows["torch"]["map_deviation_max"] == 0
     assert max(rows[kind]["map_deviation_max"] for kind in ("onnx", "openvino")) < 1e-4
     assert 1e-6 < rows["openvino_float16"]["map_deviation_max"] < 0.05
@@ -93,7 +94,7 @@ def test_rows_of_a_model(monkeypatch: pytest.MonkeyPatch, settings: Settings) ->
 def test_tables(tmp_path: Path) -> None:
     """Of files alone: their rows are not among the networks'."""
     file = {"model": "Net", "format": "onnx", "size_mib": 12.5, "image_AUROC": 0.875, "latency_mean_ms": 20.0}
-    file |= {"latency_p95_ms": 25.0, "map_deviation_mean": 0.0123, "map_deviation_max": 0.456}
+    file |= {"inspector_mean_ms": 31.4, "latency_p95_ms": 25.0, "map_deviation_mean": 0.0123, "map_deviation_max": 0.456}
     rows = [
         {"model": "Net", "error": "x", "traceback": ""},
         file,
@@ -102,11 +103,11 @@ def test_tables(tmp_path: Path) -> None:
     write_markdown(rows, tmp_path / "results.md", "image_AUROC")
     networks, files = (tmp_path / "results.md").read_text().split("## Files")
     assert "onnx" not in networks
-    assert "| Net | onnx | 12.5 | 0.875 | 1.23 | 45.6 | 20.0 | 25.0 | 50.0 |" in files
+    assert "| Net | onnx | 12.5 | 0.875 | 1.23 | 45.6 | 20.0 | 25.0 | 50.0 | 31.4 |" in files
     assert "| Net, openvino | failed: a \\| b |" in files
     console = Console(width=100, record=True)
     console.print(console_table(rows))
     assert "onnx" not in console.export_text()
     console.print(format_table(rows))
     text = console.export_text()
-    assert np.all([word in text for word in ("onnx", "0.875", "45.6", "50.0", "openvino", "failed")])
+    assert np.all([word in text for word in ("onnx", "0.875", "45.6", "50.0", "31.4", "openvino", "failed")])

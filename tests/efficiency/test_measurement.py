@@ -41,6 +41,7 @@ def test_row(precision: str) -> None:
     assert (row["bank"], row["bank_values"]) == ("", 0)
     for key in ("latency_mean_ms", "latency_std_ms", "latency_median_ms", "latency_p95_ms"):
         assert row[key] > 0, key
+    assert (row.get("inspector_mean_ms", 0) > 0) == (precision == "float32")
     for batch in (2, 3):
         assert row[f"throughput_{batch}"] > 0
         assert row[f"throughput_std_{batch}"] > 0

@@ -22,6 +22,7 @@ MEASURED = {
     "latency_std_ms": 0.0123,
     "latency_median_ms": 2.1,
     "latency_p95_ms": 12.34,
+    "inspector_mean_ms": 3.21,
     "throughput_1": 450.0,
     "throughput_std_1": None,
     "peak_memory_mib_1": 1077.1,
@@ -73,7 +74,7 @@ def test_markdown(tmp_path: Path) -> None:
     assert len(columns) == 1
     assert "Throughput [img / s], batch 1 | Throughput [img / s], batch 16 |" in lines[0]
     assert "| Memory [MiB] | batch 1 | batch 16 | Bank |" in lines[0]
-    speed = "| 0.954 | 2.23 (± 0.0123) | 2.10 | 12.3 | 450 | 614 (± 2.04) |"
+    speed = "| 0.954 | 2.23 (± 0.0123) | 2.10 | 12.3 | 3.21 | 450 | 614 (± 2.04) |"
     assert f"{speed} 83.0 | 41.2 | 40.1 | 1077 | 1077 | 1234 |  |  |" in lines[2]
     assert lines[3].startswith("| Broken | failed: RuntimeError: a \\| b")
     assert "| 83.0 + 3.61 |" in lines[4]  # as the paper writes PatchCore's
@@ -94,7 +95,7 @@ def test_console_table_fits_80_columns() -> None:
     console = Console(width=80, record=True)
     console.print(console_table(rows))
     text = console.export_text()
-    for part in ("ReverseDistillation", "614", "83.0 + 3.61", "failed", "1077"):
+    for part in ("ReverseDistillation", "3.21", "614", "83.0 + 3.61", "failed", "1077"):
         assert part in text
     assert "…" not in text
 
