@@ -85,11 +85,6 @@ class Inspector:
         FileNotFoundError: If there is no such file.
         ModuleNotFoundError: If what runs it is not installed; the message says what to install.
         ValueError: If its format is unknown, an argument is out of range, or the device is not there.
-
-    Example:
-        >>> inspector = Inspector("weights/onnx/model.onnx")  # doctest: +SKIP
-        >>> result = inspector.predict(camera.read())  # doctest: +SKIP
-        >>> result.pred_label, result.pred_score, result.defects  # doctest: +SKIP
     """
 
     def __init__(

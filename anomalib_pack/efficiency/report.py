@@ -83,10 +83,9 @@ def console_table(rows: list[Row]) -> Table:
     rows = _networks(rows)
     batch = next(reversed(_batches(rows)), None)
     images = "" if batch is None else f"img/s: batch {batch}; "
-    caption = f"ms: mean latency; frame: that of the inspector; {images}M par.: + values in the bank"
-    table = Table(title="Efficiency", caption=caption)
+    table = Table(title="Efficiency", caption=f"ms: mean latency; {images}M par.: + values in the bank")
     table.add_column("Model", overflow="fold")
-    for title in ("ms", "95 %", "frame", "img/s", "M par.", "GFLOPs", "MiB"):
+    for title in ("ms", "95 %", "img/s", "M par.", "GFLOPs", "MiB"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(row["model"], *(["failed"] if "error" in row else _console_cells(row, batch)))
@@ -95,7 +94,8 @@ def console_table(rows: list[Row]) -> Table:
 
 def format_table(rows: list[Row]) -> Table:
     """Make the console table of the files."""
-    table = Table(title="Files", caption="off: from torch's maps, mean and most, in per cent of their range")
+    caption = "off: from torch's maps, mean and most, in per cent of their range; frame: the inspector's ms"
+    table = Table(title="Files", caption=caption)
     for title in FILE_COLUMNS:
         table.add_column(title, overflow="fold", justify="left" if title in ("Model", "Format") else "right")
     for row in rows:
@@ -122,7 +122,6 @@ def _console_cells(row: Row, batch: int | None) -> list[str]:
     return [
         _number(row["latency_mean_ms"]),
         _number(row["latency_p95_ms"]),
-        _number(row.get("inspector_mean_ms")),
         _number(row.get(f"throughput_{batch}")),
         _parameters(row),
         _number(row["flops"] / 1e9),

@@ -152,6 +152,8 @@ def test_exports(trained: Trained, restored: AnomalibModule, loco_root: Path, tm
     images = images_of(restored, loco_root)
     with torch.no_grad():
         eager = restored(images)._asdict()
+        for name, value in detailed(restored, images).batch._asdict().items():
+            assert torch.equal(value, eager[name]), name
     size = f"[{images.shape[-2]},{images.shape[-1]}]"
     for kind in ("torch", "openvino"):
         export_by_command(trained, kind, tmp_path, "--input_size", size)

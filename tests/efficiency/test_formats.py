@@ -94,7 +94,12 @@ def test_rows_of_a_model(monkeypatch: pytest.MonkeyPatch, settings: Settings) ->
 def test_tables(tmp_path: Path) -> None:
     """Of files alone: their rows are not among the networks'."""
     file = {"model": "Net", "format": "onnx", "size_mib": 12.5, "image_AUROC": 0.875, "latency_mean_ms": 20.0}
-    file |= {"inspector_mean_ms": 31.4, "latency_p95_ms": 25.0, "map_deviation_mean": 0.0123, "map_deviation_max": 0.456}
+    file |= {
+        "inspector_mean_ms": 31.4,
+        "latency_p95_ms": 25.0,
+        "map_deviation_mean": 0.0123,
+        "map_deviation_max": 0.456,
+    }
     rows = [
         {"model": "Net", "error": "x", "traceback": ""},
         file,
