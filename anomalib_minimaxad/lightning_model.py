@@ -25,6 +25,7 @@ from anomalib_pack.defaults import OneClassDefaults
 from anomalib_pack.feature_cache import FeatureCache
 from anomalib_pack.passes import share_buffers
 from anomalib_pack.remeasuring import ValidatesForOtherSettings
+from anomalib_pack.tiling import FollowsTiles
 from anomalib_pack.training import EndsOnBadLoss, ValidatesAtTheEnd, spread_validations, train_for_paper_epochs
 
 from .loss import MiniMaxAdLoss
@@ -37,7 +38,13 @@ LR_DECAY = 0.995  # for each epoch, Sec. 4.1
 
 
 class MiniMaxAd(
-    EndsOnBadLoss, ValidatesAtTheEnd, ValidatesForOtherSettings, FollowsCheckpoint, OneClassDefaults, AnomalibModule
+    EndsOnBadLoss,
+    ValidatesAtTheEnd,
+    ValidatesForOtherSettings,
+    FollowsTiles,
+    FollowsCheckpoint,
+    OneClassDefaults,
+    AnomalibModule,
 ):
     """MiniMaxAD: minimal parameters, maximal effective capacity.
 
@@ -68,6 +75,8 @@ class MiniMaxAd(
             alone in effect 33.
         lr: Learning rate of AdamW, times 0.995 after each epoch (Sec. 4.1).
         weight_decay: Weight decay of AdamW (Sec. 4.1).
+        random_tile_count: Tiles that training draws of each image where Anomalib's ``TilerConfigurationCallback`` cuts
+            images into tiles (``docs/large_images.md``); without it there is no effect. Anomalib's ``Tiler``: 4.
         cache: Where the frozen features of training images are kept, so that from the second epoch on no image is read
             and the encoder does not run: ``"ram"``, ``"disk"``, ``"auto"`` for memory if there is room and else the
             disk, or ``None``. Results are the same; see :class:`~anomalib_pack.feature_cache.FeatureCache`.
@@ -85,7 +94,7 @@ class MiniMaxAd(
         'MiniMaxAd'
     """
 
-    without_effect = ("variant", "loss", "p_hard", "p_lim")
+    without_effect = ("variant", "loss", "p_hard", "p_lim", "random_tile_count")
 
     def __init__(
         self,
@@ -102,6 +111,7 @@ class MiniMaxAd(
         blur_width: int = 5,
         lr: float = 5e-3,
         weight_decay: float = 5e-5,
+        random_tile_count: int = 4,
         cache: Literal["auto", "ram", "disk"] | None = "auto",
         cache_budget: float | None = None,
         pre_processor: PreProcessor | bool = True,
@@ -115,6 +125,7 @@ class MiniMaxAd(
         require("p_lim", p_lim, 0 <= p_lim < 1, "at least 0 and below 1")
         require("lr", lr, lr > 0, "above 0")
         require("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
+        require("random_tile_count", random_tile_count, random_tile_count >= 1, "at least 1")
         weights = plain(weights)
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
@@ -132,6 +143,7 @@ class MiniMaxAd(
             top_ratio=top_ratio,
             blur_width=blur_width,
         )
+        self.model.random_tile_count = random_tile_count
         self.loss = MiniMaxAdLoss(loss or VARIANTS[variant], p_hard, p_lim)
         check_pre_processor(self)
 
@@ -167,7 +179,7 @@ class MiniMaxAd(
 
     def training_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
         """Compute the loss (Eqs. 1 and 6 to 8)."""
-        encoded = self.feature_cache(batch, self.model.encode)
+        encoded = self.feature_cache(batch, lambda images: self.model.encode(self.model.drawn(images)))
         loss = self.loss(self.model.decode(encoded))
         self.watch_loss(loss, batch.image_path)
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(batch))

@@ -23,6 +23,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_pack.backbones import load_fitting
 from anomalib_pack.checks import require
+from anomalib_pack.tiling import TakesTiles
 
 from .anomaly_map import blur, cosine_distance, full_size_map, image_score
 from .components import VARIANTS, Block, ChannelNorm, TimmEncoder, build_encoder, stages
@@ -115,7 +116,7 @@ def initialise(network: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-class MiniMaxAdModel(nn.Module):
+class MiniMaxAdModel(TakesTiles):
     """MiniMaxAD (Fig. 3a): frozen encoder, bottleneck, decoder, anomaly map and score.
 
     Images are RGB in [0, 1] with sides that are multiples of 32 and at least 64 pixels; the encoder normalises them
@@ -207,12 +208,20 @@ class MiniMaxAdModel(nn.Module):
             In training mode what :class:`~anomalib_minimaxad.loss.MiniMaxAdLoss` takes; in eval mode the anomaly map
             (B, 1, H, W) and the image score (B,), from 0 to 2.
         """
-        pyramids = self.decode(self.encode(images))
         if self.training:
-            return pyramids
-        distances = [cosine_distance(*pair) for pair in zip(*pyramids, strict=True)]
-        anomaly_map = blur(full_size_map(distances, images.shape[-2:]), self.blur_width)
-        return InferenceBatch(pred_score=image_score(anomaly_map, self.top_ratio), anomaly_map=anomaly_map)
+            return self.decode(self.encode(self.drawn(images)))
+        result = self.over_tiles(images, self._detect)
+        if self.tiler is None:
+            return result
+        return result._replace(anomaly_map=blur(result.anomaly_map, self.blur_width))
+
+    def _detect(self, images: torch.Tensor) -> InferenceBatch:
+        """Score images; the map of a tile is not blurred yet, because the blur would darken its edges."""
+        distances = [cosine_distance(*pair) for pair in zip(*self.decode(self.encode(images)), strict=True)]
+        anomaly_map = full_size_map(distances, images.shape[-2:])
+        blurred = blur(anomaly_map, self.blur_width)
+        score = image_score(blurred, self.top_ratio)
+        return InferenceBatch(pred_score=score, anomaly_map=blurred if self.tiler is None else anomaly_map)
 
     def load_official_state_dict(self, checkpoint: dict[str, dict[str, torch.Tensor]]) -> None:
         """Load a trained bottleneck and decoder under the names of the published code.

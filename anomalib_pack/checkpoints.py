@@ -49,7 +49,9 @@ class FollowsCheckpoint:
             ValueError: If the pre-processor resizes them to a size that the network cannot take.
         """
         super().setup(stage)
-        check_input_size(self)
+        # Outside training a checkpoint may come next, with other tiles and another size.
+        if stage == "fit" or getattr(self.model, "tiler", None) is None:
+            check_input_size(self)
 
     @property
     def trained_state(self) -> dict[str, Any]:

@@ -66,10 +66,12 @@ def check_input_size(module: AnomalibModule) -> None:
     Not in a constructor: Anomalib's tiled ensemble builds models with a size that is never used.
 
     Raises:
-        ValueError: If it is one that the network cannot take.
+        ValueError: If it is one that the network cannot take, or cannot be cut into its tiles.
     """
     if getattr(module.pre_processor, "transform", None) is not None and module.input_size is not None:
-        module.model.check_image_size(module.input_size)
+        tiled = getattr(module.model, "tiler", None) is not None
+        check = module.model.check_tiles if tiled else module.model.check_image_size
+        check(module.input_size)
 
 
 def check_data(datamodule: AnomalibDataModule) -> None:

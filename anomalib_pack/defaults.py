@@ -35,6 +35,7 @@ from .progress import ProgressLines
 from .quantizing import quantize_file
 from .reading import RefusesMisreadImages
 from .resuming import KeepTraining
+from .tiling import check_tiler
 
 
 class OneClassDefaults:
@@ -71,7 +72,12 @@ class OneClassDefaults:
         return LearningType.ONE_CLASS
 
     def configure_callbacks(self) -> list[Callback]:
-        """Anomalib's callbacks, and the pack's, of which those of the trainer take the place."""
+        """Anomalib's callbacks, and the pack's, of which those of the trainer take the place.
+
+        Raises:
+            ValueError: If the trainer has a tiler without a stride.
+        """
+        check_tiler(self.trainer.callbacks)
         ours = (KeepTraining, ProgressLines, WriteRecords)
         cache = [] if self.feature_cache is None else [self.feature_cache]
         missing = [each() for each in ours if not any(isinstance(one, each) for one in self.trainer.callbacks)]

@@ -215,6 +215,7 @@ def check_images_stay(trainer: Trainer) -> None:
         "the datamodule has an on_after_batch_transfer of its own": (
             trainer.datamodule is not None and is_overridden("on_after_batch_transfer", trainer.datamodule)
         ),
+        "random tiles are drawn of each image": getattr(module.model, "tiler", None) is not None,
         "an image is in the data set more than once": not dataset.samples["image_path"].is_unique,
         "the images are augmented": not all(map(is_fixed, transforms)),
         "the images are not resized to one size before they are in a batch": not resizes_to_one_size(transforms[0]),

@@ -6,7 +6,6 @@ depend on their number.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -71,7 +70,7 @@ def gathered_pass(
     description: str,
     measure: Callable[[torch.Tensor], Measures],
 ) -> Iterator[Measures]:
-    """Measure every image, and give every process all measures.
+    """Measure every image, or every tile of them, and give every process all measures.
 
     Args:
         module: The model, see :func:`one_pass`.
@@ -80,16 +79,20 @@ def gathered_pass(
         measure: Takes images (n, 3, H, W) and returns a named tuple of tensors with a row for each image, or ``None``.
 
     Yields:
-        The measures of a batch from each process, in the order of the data set, the same in all processes.
+        The measures of a batch from each process, in the order of the data set, the same in all processes. Of images in
+        tiles: of some tiles of an image from each process; with several, their order depends on the number of these.
     """
-    trainer = module.trainer
-    measures = (measure(batch.image) for batch in one_pass(module, loader, description))
+    tiled = getattr(module.model, "tiler", None) is not None
+    parts = module.model.parts if tiled else lambda images: [images]
+    measures = (measure(images) for batch in one_pass(module, loader, description) for images in parts(batch.image))
+    gather = partial(gather_tiles if tiled else gather_shares, module)
     share: Measures | None = None
-    for _ in range(math.ceil(len(loader.dataset) / trainer.world_size / loader.batch_size)):
-        # A process whose share has one batch less than the first one's takes part without rows.
-        share = next(measures, None) or _map(_no_rows, share)
-        yield _map(partial(gather_shares, module), share)
-    next(measures, None)  # ends the progress bar
+    while True:
+        found = next(measures, None)
+        if module.trainer.strategy.broadcast(found is None):  # the first process has the largest share
+            return
+        share = found or _map(_no_rows, share)
+        yield _map(gather, share)
 
 
 def measures_of_normal_images(
@@ -172,7 +175,13 @@ def gather_shares(module: AnomalibModule, share: torch.Tensor) -> torch.Tensor:
     if module.trainer.world_size == 1:
         return share
     shares = gather_all_tensors(share)
-    joined = share.new_empty(sum(len(part) for part in shares), *share.shape[1:])
+    joined = share.new_empty(sum(len(part) for part in shares), *shares[0].shape[1:])
     for rank, part in enumerate(shares):
         joined[rank :: len(shares)] = part
     return joined
+
+
+def gather_tiles(module: AnomalibModule, share: torch.Tensor) -> torch.Tensor:
+    """Join likewise what each process measured on some tiles of one image, or nothing: one row for each tile."""
+    images = share.unsqueeze(0) if len(share) else share.unsqueeze(1)  # (1, K, ...) or (0, 1, ...)
+    return gather_shares(module, images).flatten(0, 1)

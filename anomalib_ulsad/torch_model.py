@@ -23,6 +23,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_pack.backbones import FrozenBackbone
 from anomalib_pack.folding import Folding
+from anomalib_pack.tiling import TakesTiles
 
 from .anomaly_map import feature_distance, normalise_map, smooth_map
 
@@ -53,10 +54,11 @@ class Branches(NamedTuple):
 
 
 class BranchMaps(NamedTuple):
-    """Anomaly maps of the two branches, each (B, 1, H, W); ``logical`` is ``None`` without a global branch."""
+    """Anomaly maps of the two branches, each (B, 1, H, W); ``logical`` is ``None`` where no global branch runs."""
 
     structural: torch.Tensor  # M^l, Eq. 7
     logical: torch.Tensor | None  # M^g, Eq. 8
+    highest: torch.Tensor | None = None  # (B,), of images in tiles: the maximum of all tiles' maps
 
 
 def aggregate_features(features: Sequence[torch.Tensor], channels: int) -> torch.Tensor:
@@ -183,7 +185,7 @@ def _resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
-class UlsadModel(nn.Module):
+class UlsadModel(TakesTiles):
     """ULSAD (Fig. 2): frozen features, reconstruction network, global autoencoder, anomaly maps.
 
     Images are RGB in [0, 1]; the networks normalise them themselves. H and W are at least 256 and multiples of four
@@ -244,6 +246,11 @@ class UlsadModel(nn.Module):
         self.register_buffer("structural_quantiles", torch.tensor(UNMEASURED))
         self.register_buffer("logical_quantiles", torch.tensor(UNMEASURED))
 
+    @property
+    def runs_global(self) -> bool:
+        """Whether the global branch runs: not on tiles (ours), because what a tile shows is no whole product."""
+        return self.autoencoder is not None and self.tiler is None
+
     def raw_features(self, images: torch.Tensor) -> torch.Tensor:
         """Aggregated backbone features before the channel normalisation, (B, C, h, w).
 
@@ -266,11 +273,11 @@ class UlsadModel(nn.Module):
         raw_features = self.raw_features(images) if raw_features is None else raw_features
         features = (raw_features - self.feature_mean) / self.feature_std
         reconstruction = self._reconstruction_folding.run(self.reconstruction, features, nn.Module.__call__)
-        autoencoder = self._predict(images, features.shape[-2:]) if self.autoencoder else None
+        autoencoder = self._predict(images, features.shape[-2:]) if self.runs_global else None
         if not self.local_global:
             return Branches(features, reconstruction, None, autoencoder)
         local_features, global_features = reconstruction.chunk(2, dim=1)  # (B, 2C, h, w) -> U', U''
-        return Branches(features, local_features, global_features, autoencoder)
+        return Branches(features, local_features, global_features if self.runs_global else None, autoencoder)
 
     def _predict(self, images: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
         """Predict features (B, C, h, w) from the images alone, see :meth:`GlobalAutoencoder.forward`."""
@@ -292,6 +299,9 @@ class UlsadModel(nn.Module):
 
     def raw_maps(self, images: torch.Tensor) -> BranchMaps:
         """Compute the smoothed maps of both branches before quantile normalisation (Eqs. 7 and 8)."""
+        return self.over_tiles(images, self._raw_maps)
+
+    def _raw_maps(self, images: torch.Tensor) -> BranchMaps:
         branches = self.branches(images)
         size = images.shape[-2:]
         structural = feature_distance(branches.local_features, branches.features, self.lambda_l)  # Eq. 7
@@ -303,8 +313,13 @@ class UlsadModel(nn.Module):
 
     def maps(self, images: torch.Tensor) -> BranchMaps:
         """Compute the normalised maps of both branches: 0 at q_alpha, 0.1 at q_beta of normal validation images."""
-        structural, logical = self.raw_maps(images)
+        return self.over_tiles(images, self._maps)
+
+    def _maps(self, images: torch.Tensor) -> BranchMaps:
+        structural, logical, _ = self._raw_maps(images)
         structural = normalise_map(structural, self.structural_quantiles)
+        if self.tiler is not None:
+            return BranchMaps(structural, None, structural.amax(dim=(1, 2, 3)))
         return BranchMaps(structural, None if logical is None else normalise_map(logical, self.logical_quantiles))
 
     def forward(self, images: torch.Tensor) -> Branches | InferenceBatch:
@@ -317,7 +332,7 @@ class UlsadModel(nn.Module):
             In training mode what :class:`~anomalib_ulsad.loss.UlsadLoss` takes; in eval mode the anomaly map
             (B, 1, H, W) and the image score (B,), unbounded and not necessarily positive.
         """
-        return self.branches(images) if self.training else combine(self.maps(images))
+        return self.branches(self.drawn(images)) if self.training else combine(self.maps(images))
 
     def with_branch_scores(self, images: torch.Tensor) -> tuple[InferenceBatch, dict[str, torch.Tensor]]:
         """Run the model in eval mode, with the score (B,) of each branch, see :func:`branch_scores`."""
@@ -373,11 +388,14 @@ def combine(maps: BranchMaps) -> InferenceBatch:
     # Not a sum: OpenVINO 2026.4 fuses a sum of two convolutions' results, the blurs', and gets it wrong.
     branches = [maps.structural] if maps.logical is None else [maps.structural, maps.logical]
     anomaly_map = torch.cat(branches, dim=1).mean(dim=1, keepdim=True)
-    return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)
+    score = anomaly_map.amax(dim=(1, 2, 3)) if maps.highest is None else maps.highest
+    return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
 
 def branch_scores(maps: BranchMaps) -> dict[str, torch.Tensor]:
     """Maxima (B,) of the branches' maps: 0.1 is the 99.5 % quantile of normal pixels by default."""
+    if maps.highest is not None:
+        return {"structural": maps.highest}
     found = {"logical": maps.logical, "structural": maps.structural}
     return {name: branch.amax(dim=(1, 2, 3)) for name, branch in found.items() if branch is not None}
 

@@ -26,6 +26,7 @@ from anomalib_pack.checks import check_data, check_pre_processor, require
 from anomalib_pack.defaults import OneClassDefaults
 from anomalib_pack.feature_cache import FeatureCache
 from anomalib_pack.remeasuring import ValidatesForOtherSettings
+from anomalib_pack.tiling import FollowsTiles
 from anomalib_pack.training import EndsOnBadLoss, ValidatesAtTheEnd, spread_validations
 
 from .loss import UniadLoss
@@ -37,7 +38,13 @@ GRADIENT_NORM = 0.1  # published code
 
 
 class Uniad(
-    EndsOnBadLoss, ValidatesAtTheEnd, ValidatesForOtherSettings, FollowsCheckpoint, OneClassDefaults, AnomalibModule
+    EndsOnBadLoss,
+    ValidatesAtTheEnd,
+    ValidatesForOtherSettings,
+    FollowsTiles,
+    FollowsCheckpoint,
+    OneClassDefaults,
+    AnomalibModule,
 ):
     """UniAD: Unified model for multi-class Anomaly Detection.
 
@@ -82,6 +89,8 @@ class Uniad(
             ``"mean"`` (CIFAR-10) or its standard deviation, ``"std"`` (published code).
         lr: Learning rate of AdamW, a tenth of it in the last fifth of the training (Sec. 4.2).
         weight_decay: Weight decay of AdamW (Sec. 4.2).
+        random_tile_count: Tiles that training draws of each image where Anomalib's ``TilerConfigurationCallback`` cuts
+            images into tiles (``docs/large_images.md``); without it there is no effect. Anomalib's ``Tiler``: 4.
         cache: Where the frozen features of training images are kept, so that from the second epoch on no image is read
             and the backbone does not run: ``"ram"``, ``"disk"``, ``"auto"`` for memory if there is room and else the
             disk, or ``None``. Results are the same; see :class:`~anomalib_pack.feature_cache.FeatureCache`.
@@ -99,7 +108,7 @@ class Uniad(
         'Uniad'
     """
 
-    without_effect = ("train_backbone", "dropout", "jitter_scale", "jitter_prob")
+    without_effect = ("train_backbone", "dropout", "jitter_scale", "jitter_prob", "random_tile_count")
 
     def __init__(
         self,
@@ -133,6 +142,7 @@ class Uniad(
         image_score: Literal["max", "mean", "std"] = "max",
         lr: float = 1e-4,
         weight_decay: float = 1e-4,
+        random_tile_count: int = 4,
         cache: Literal["auto", "ram", "disk"] | None = "auto",
         cache_budget: float | None = None,
         pre_processor: PreProcessor | bool = True,
@@ -142,6 +152,7 @@ class Uniad(
     ) -> None:
         require("lr", lr, lr > 0, "above 0")
         require("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
+        require("random_tile_count", random_tile_count, random_tile_count >= 1, "at least 1")
         weights = plain(weights)
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
@@ -173,6 +184,7 @@ class Uniad(
             loss=loss,
             image_score=image_score,
         )
+        self.model.random_tile_count = random_tile_count
         self.loss = UniadLoss(loss)
         check_pre_processor(self)
 
@@ -206,7 +218,7 @@ class Uniad(
 
     def training_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
         """Compute the reconstruction loss (Eq. 4)."""
-        [features] = self.feature_cache(batch, lambda images: [self.model.features(images)])
+        [features] = self.feature_cache(batch, lambda images: [self.model.features(self.model.drawn(images))])
         loss = self.loss(self.model.reconstruct(features))
         self.watch_loss(loss, batch.image_path)
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(batch))

@@ -22,6 +22,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_pack.backbones import Backbone, FrozenBackbone
 from anomalib_pack.checks import require
+from anomalib_pack.tiling import TakesTiles
 
 from .anomaly_map import POOLING, full_size, image_score, reconstruction_error
 from .components import DECODERS, Cnn, LearnedPositions, Mlp, SinePositions, Transformer, neighbor_mask
@@ -153,7 +154,7 @@ class FeatureReconstruction(nn.Module):
         return self.transformer(tokens, self.pos_embed(), masks)
 
 
-class UniadModel(nn.Module):
+class UniadModel(TakesTiles):
     """UniAD (Fig. 3): frozen features, their reconstruction, anomaly map and score.
 
     Images are RGB in [0, 1]; the backbone normalises them itself. With the image score ``"max"`` they have at least
@@ -297,9 +298,12 @@ class UniadModel(nn.Module):
             In training mode what :class:`~anomalib_uniad.loss.UniadLoss` takes; in eval mode the anomaly map
             (B, 1, H, W) and the image score (B,), at least 0.
         """
-        result = self.reconstruct(self.features(images))
         if self.training:
-            return result
+            return self.reconstruct(self.features(self.drawn(images)))
+        return self.over_tiles(images, self._detect)
+
+    def _detect(self, images: torch.Tensor) -> InferenceBatch:
+        result = self.reconstruct(self.features(images))
         error = reconstruction_error(*result, self.loss)
         anomaly_map = full_size(error, images.shape[-2:])
         return InferenceBatch(pred_score=image_score(anomaly_map, self.image_score), anomaly_map=anomaly_map)

@@ -29,6 +29,7 @@ from anomalib_pack.defaults import OneClassDefaults
 from anomalib_pack.passes import gathered_pass, measures_of_normal_images, validation_loader
 from anomalib_pack.progress import hides_progress
 from anomalib_pack.remeasuring import ValidatesForOtherSettings
+from anomalib_pack.tiling import FollowsTiles
 from anomalib_pack.training import ValidatesAtTheEnd
 
 from .torch_model import BLOCKS, Features, UnisladModel, Vectors, patch_rows
@@ -38,7 +39,9 @@ logger = logging.getLogger(__name__)
 RECALL_QUERIES = 4096  # patches on which an approximate index is compared with the exact search
 
 
-class Unislad(ValidatesAtTheEnd, ValidatesForOtherSettings, FollowsCheckpoint, OneClassDefaults, AnomalibModule):
+class Unislad(
+    ValidatesAtTheEnd, ValidatesForOtherSettings, FollowsTiles, FollowsCheckpoint, OneClassDefaults, AnomalibModule
+):
     """UniSLAD: Unified Structural and Logical Anomaly Detection, training-free.
 
     One pass over the training images fills memory banks of patches and measures distributions of images; nothing is
@@ -261,14 +264,17 @@ class Unislad(ValidatesAtTheEnd, ValidatesForOtherSettings, FollowsCheckpoint, O
         if not self.normalize_scores:
             return
         loader = validation_loader(self.trainer)
-        rows = measures_of_normal_images(self, loader, "Scores of normal images", self._raw_scores)
+        rows = measures_of_normal_images(self, loader, "Scores of normal images", self._raw_scores).flatten(0, 1)
         std = rows.std(dim=0, correction=0)
         self.model.score_mean.copy_(rows.mean(dim=0))
         # Ours: a score that never changes, as with a single image, keeps its scale.
         self.model.score_std.copy_(torch.where(std > 0, std, 1))
 
     def _raw_scores(self, images: torch.Tensor) -> torch.Tensor:
-        """Scores before Step 8, (n, 4); 0 for those that are switched off."""
+        """Scores before Step 8 of images or their tiles, (n, tiles, 4); 0 for those that are switched off."""
+        return torch.cat([self._scores(tiles) for tiles in self.model.parts(images)]).unflatten(0, (len(images), -1))
+
+    def _scores(self, images: torch.Tensor) -> torch.Tensor:
         features = self._extract(images)
         scores = self.model.raw_scores(features, self.model.patch_map(features))
         used = next(score for score in scores if score is not None)

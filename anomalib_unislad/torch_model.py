@@ -21,6 +21,7 @@ from anomalib_pack.blur import gaussian_blur
 from anomalib_pack.checks import require
 from anomalib_pack.neighbors import NearestNeighbors
 from anomalib_pack.precision import Float32State
+from anomalib_pack.tiling import TakesTiles
 
 from .anomaly_map import class_similarity, fuse
 from .components import (
@@ -61,6 +62,15 @@ class Vectors(NamedTuple):
     class_token: torch.Tensor | None  # (B, D_g)
 
 
+class Detection(NamedTuple):
+    """What is detected in images or tiles; ``None`` for what is switched off."""
+
+    score: torch.Tensor  # S, (B,), Eq. 21
+    anomaly_map: torch.Tensor | None  # (B, 1, H, W)
+    logical: torch.Tensor | None  # S_i, (B,), Eq. 20
+    patch: torch.Tensor | None  # (B,)
+
+
 class PatchBank(Float32State, nn.Module):
     """Memory bank M of transformed features, and distances from it (Eqs. 11 and 16)."""
 
@@ -82,7 +92,7 @@ class PatchBank(Float32State, nn.Module):
         return distances[:, 0]
 
 
-class UnisladModel(nn.Module):
+class UnisladModel(TakesTiles):
     """UniSLAD (Fig. 2). Images are RGB in [0, 1], (B, 3, H, W), with sides that are multiples of the ViT's patches.
 
     Args:
@@ -305,22 +315,25 @@ class UnisladModel(nn.Module):
 
     def with_branch_scores(self, images: torch.Tensor) -> tuple[InferenceBatch, dict[str, torch.Tensor]]:
         """Detect anomalies as :meth:`forward` does, with the scores (B,) of image and patches that Eq. 21 weighs."""
-        features = self.extract(images)
         if not self.is_fitted:
+            self.check_image_size(images.shape[-2:])
             msg = "Unislad has no memory banks yet. Train it (one pass over the training images) or load a checkpoint."
             raise ValueError(msg)
+        score, anomaly_map, logical, patch = self.over_tiles(images, self._detect)
+        branches = {name: part for name, part in (("logical", logical), ("patch", patch)) if part is not None}
+        return InferenceBatch(pred_score=score, anomaly_map=anomaly_map), branches
+
+    def _detect(self, images: torch.Tensor) -> Detection:
+        features = self.extract(images)
         with torch.autocast(images.device.type, enabled=False):  # half precision would merge scores
             patch_map = self.patch_map(features)
             raw = self.raw_scores(features, patch_map)
-            score = self.image_score(raw)
-            parts = zip(("logical", "patch"), self.parts(raw), strict=True)
-            branches = {name: part for name, part in parts if part is not None}
+            score, parts = self.image_score(raw), self.parts(raw)
             if patch_map is None:
-                return InferenceBatch(pred_score=score), branches
+                return Detection(score, None, *parts)
             # Step 9, in the manner of PatchCore.
             full = interpolate(patch_map, size=images.shape[-2:], mode="bilinear", align_corners=False)
-            blurred = gaussian_blur(full, BLUR_WIDTH, SIGMA, border="reflect")
-            return InferenceBatch(pred_score=score, anomaly_map=blurred), branches
+            return Detection(score, gaussian_blur(full, BLUR_WIDTH, SIGMA, border="reflect"), *parts)
 
 
 def build_vit(name: str, layer: int, weights: str | Path | None) -> FrozenBackbone:

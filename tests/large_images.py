@@ -1,0 +1,46 @@
+"""Rendered cloth of 2048 x 2048 pixels with a fault of 12 pixels, and models that are trained on it in a moment."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent / "contract"))
+
+SIZE = 2048
+DEFECT = 12
+PLACE = (1301, 723)  # first row and column of the fault
+PERIOD = 8  # pixels of a thread
+
+
+def cloth(seed: int) -> np.ndarray:
+    """A plain weave with threads of slightly different brightness: (SIZE, SIZE, 3), uint8."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:SIZE, :SIZE] + rng.uniform(0, PERIOD, 2)[:, None, None]
+    threads = rng.uniform(0.85, 1.15, (2, SIZE // PERIOD + 2))
+    over = (x // PERIOD + y // PERIOD) % 2 == 0
+    across = np.where(over, np.abs(np.sin(np.pi * x / PERIOD)), np.abs(np.sin(np.pi * y / PERIOD)))
+    own = np.where(over, threads[0][(x // PERIOD).astype(int)], threads[1][(y // PERIOD).astype(int)])
+    gray = 0.2 + 0.5 * across * own + rng.normal(0, 0.02, (SIZE, SIZE))
+    return (gray.clip(0, 1)[..., None] * (255, 230, 200)).astype(np.uint8)
+
+
+def faulty(seed: int) -> np.ndarray:
+    """The same with a fault: thin crossing threads, on average as bright as the others."""
+    image = cloth(seed)
+    rows, columns = (slice(first, first + DEFECT) for first in PLACE)
+    patch = image[rows, columns]
+    stripes = (np.indices((DEFECT, DEFECT)).sum(axis=0) // 2 % 2)[..., None]
+    image[rows, columns] = patch.mean(axis=(0, 1)) * np.where(stripes, 1.9, 0.1)
+    return image
+
+
+def write(root: Path) -> None:
+    """Three images for training, three for validation, one without and one with a fault."""
+    for folder, seeds in {"train": (0, 1, 2), "val": (3, 4, 5), "good": (6,)}.items():
+        (root / folder).mkdir(parents=True)
+        for seed in seeds:
+            Image.fromarray(cloth(seed)).save(root / folder / f"{seed}.png", compress_level=1)
+    (root / "bad").mkdir()
+    Image.fromarray(faulty(6)).save(root / "bad" / "6.png", compress_level=1)
