@@ -1,24 +1,34 @@
 """Tiles of large images: how they are cut and stitched, and that the four models find in them what they see."""
 
+import logging
 import sys
+from contextlib import suppress
 from itertools import pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import anomalib.models
+import onnxruntime
 import pytest
 import torch
+from anomalib.callbacks import TilerConfigurationCallback
 from anomalib.data.utils.tiler import Tiler
+from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from lightning import seed_everything
+from tiny_model import RawScores
 from torch import nn
 
-from anomalib_pack import tiling
+from anomalib_pack import passes, tiling
+from anomalib_pack.data import MVTecLoco
+from anomalib_pack.passes import gather_tiles
 from anomalib_pack.tiling import TakesTiles, crop, divide, join
 from anomalib_ulsad.lightning_model import explain
 
 sys.path.insert(0, str(Path(__file__).parent / "contract"))
 from cases import CASES
+from runs import quiet_engine
 
 SIZES = [((64, 96), (32, 32), (32, 32), 0), ((70, 101), (32, 40), (20, 25), 0), ((64, 67), (32, 32), (15, 16), 5)]
 
@@ -217,3 +227,154 @@ def test_ulsad_runs_its_local_branch_only() -> None:
     assert explain(maps) == [f"structural {maps.highest.item():.2f}"]
     losses = model.loss(model.model.train()(torch.rand(1, 3, 256, 320)))
     assert list(losses) == ["local"]
+
+
+def test_the_order_of_tiles_from_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some tiles of an image from each process; the last has no image left, and remembers fewer tiles."""
+    first, second, none = torch.rand(3, 2), torch.rand(3, 2), torch.rand(0, 2)
+    module = SimpleNamespace(trainer=SimpleNamespace(world_size=2))
+    for shares, expected in (([first, second], torch.cat([first, second])), ([first, none], first)):
+        packed = []
+        monkeypatch.setattr(passes, "gather_all_tensors", packed.append)
+        for share in shares:
+            with suppress(TypeError):  # nothing is gathered yet
+                gather_tiles(module, share)
+        monkeypatch.setattr(passes, "gather_all_tensors", lambda _, packed=packed: packed)
+        assert torch.equal(gather_tiles(module, shares[1]), expected)
+
+
+def tiler(tile: int, stride: int | None) -> TilerConfigurationCallback:
+    return TilerConfigurationCallback(enable=True, tile_size=tile, stride=stride)
+
+
+def build(name: str, size: tuple[int, int], **arguments) -> AnomalibModule:
+    model_class = getattr(anomalib.models, name)
+    return small(name, pre_processor=model_class.configure_pre_processor(size), **arguments)
+
+
+def fit(name: str, data: MVTecLoco, root: Path, **arguments) -> tuple[AnomalibModule, Engine]:
+    """Train for an epoch on tiles that overlap by a quarter."""
+    tile, size = TILES[name]
+    model = build(name, size, **arguments)
+    engine = quiet_engine(root, max_epochs=1, callbacks=[tiler(tile, tile // 4 * 3)])
+    engine.fit(model, datamodule=data)
+    return model, engine
+
+
+def tiles_of(model: AnomalibModule, images: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(model.model.parts(torch.stack(images))))
+
+
+def test_the_tiles_of_a_checkpoint_win(loco: MVTecLoco, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained, engine = fit("Uniad", loco, tmp_path, random_tile_count=3)
+    checkpoint = engine.best_model_path
+    tiles = {"tile_size": [64, 64], "stride": [48, 48], "remove_border_count": 0}
+    scores = RawScores()
+    expected = quiet_engine(tmp_path, callbacks=[scores]).test(trained, datamodule=loco)
+    for other in ([], [tiler(64, 64)]):
+        caplog.clear()
+        model, again = build("Uniad", TILES["Uniad"][1]), RawScores()
+        metrics = quiet_engine(tmp_path, callbacks=[again, *other]).test(model, datamodule=loco, ckpt_path=checkpoint)
+        assert metrics == expected
+        assert torch.equal(torch.cat(again.maps), torch.cat(scores.maps))
+        [line] = [record.message for record in caplog.records if record.name == "anomalib_pack.checkpoints"]
+        assert f"tiles={tiles} instead of" in line
+    restored = type(model).load_from_checkpoint(checkpoint)
+    assert restored.model.tiles == tiles
+    for each in (restored, trained):  # in whose network the callback puts its own
+        assert quiet_engine(tmp_path, callbacks=[tiler(64, 64)]).test(each, datamodule=loco) == expected
+
+    whole = build("Uniad", TILES["Uniad"][1])
+    engine = quiet_engine(tmp_path / "whole", max_epochs=1)
+    engine.fit(whole, datamodule=loco)
+    assert whole.state_dict().keys() == trained.state_dict().keys()
+    quiet_engine(tmp_path, callbacks=[tiler(64, 64)]).test(model, datamodule=loco, ckpt_path=engine.best_model_path)
+    assert model.model.tiles is None
+
+
+def test_frozen_features_of_random_tiles_are_not_kept(
+    loco: MVTecLoco, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build("Uniad", (96, 128))
+    engine = quiet_engine(tmp_path, max_epochs=2, max_steps=2, limit_val_batches=0, callbacks=[tiler(64, 48)])
+    with caplog.at_level(logging.INFO):
+        engine.fit(model, datamodule=loco)
+    assert "features of the frozen network: random tiles are drawn of each image." in caplog.text
+
+
+def test_what_ulsad_measures_is_of_tiles(loco: MVTecLoco, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, engine = fit("Ulsad", loco, tmp_path)
+    assert "only the local branch runs" in caplog.text
+    network = model.model.eval()
+    with torch.no_grad():
+        features = network.raw_features(tiles_of(model, [item.image for item in loco.train_data]))
+        maps = network.raw_maps(torch.stack([item.image for item in loco.val_data])).structural
+    torch.testing.assert_close(network.feature_mean.flatten(), features.mean(dim=(0, 2, 3)), rtol=1e-3, atol=1e-5)
+    q_alpha, q_beta = network.structural_quantiles
+    assert abs((maps < q_alpha).float().mean() - 0.9) < 0.01  # of every fourth row and column
+    assert abs((maps < q_beta).float().mean() - 0.995) < 0.002
+    [first, *_] = engine.predict(model, datamodule=loco)
+    assert first.explanation[0].startswith("structural")
+    assert "logical" not in first.explanation[0]
+    assert first.anomaly_map.shape[-2:] == (256, 320)
+
+
+def test_what_unislad_remembers_is_of_tiles(loco: MVTecLoco, tmp_path: Path) -> None:
+    model, _ = fit("Unislad", loco, tmp_path, local_ratio=0.0, global_ratio=0.0)
+    network = model.model.eval()
+    images = [item.image for item in loco.train_data]
+    tiles = tiles_of(model, images)
+    assert len(tiles) == 6 * len(images)  # 2 x 3
+    with torch.no_grad():
+        features = network.extract(tiles)
+        scores = network.raw_scores(features, network.patch_map(features))
+        normal = torch.stack([item.image for item in loco.val_data])
+        of_tiles = model._raw_scores(normal)
+    assert len(network.class_bank.neighbors.bank) == len(tiles)
+    assert len(network.local_bank.neighbors.bank) == features.local_patches[:, 0].numel()
+    assert scores[3].max() < 1e-2  # what is remembered has no distance
+    assert of_tiles.shape == (len(normal), 6, 4)
+    torch.testing.assert_close(network.score_mean, of_tiles.mean(dim=(0, 1)), rtol=1e-3, atol=1e-4)
+
+
+def test_minimaxad_learns_from_random_tiles(loco: MVTecLoco, tmp_path: Path) -> None:
+    seen = []
+    model = build("MiniMaxAd", (96, 128), random_tile_count=3)
+    model.model.bottleneck.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].shape))
+    engine = quiet_engine(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[tiler(64, 48)])
+    engine.fit(model, datamodule=loco)
+    assert [shape[0] for shape in seen] == [3 * 4]
+    assert seen[0][2:] == (16, 16)
+
+
+def test_a_callback_without_stride(loco: MVTecLoco, tmp_path: Path) -> None:
+    engine = quiet_engine(tmp_path, max_epochs=1, callbacks=[tiler(64, None)])
+    with pytest.raises(ValueError, match="TilerConfigurationCallback has no stride: give stride=64"):
+        engine.fit(build("Uniad", (96, 128)), datamodule=loco)
+
+
+def test_images_no_larger_than_a_tile(loco: MVTecLoco, tmp_path: Path) -> None:
+    engine = quiet_engine(tmp_path, max_epochs=1, callbacks=[tiler(96, 48)])
+    with pytest.raises(ValueError, match="not above the tiler's tile_size"):
+        engine.fit(build("Uniad", (96, 96)), datamodule=loco)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "MiniMaxAd" else pytest.mark.slow) for name in TILES]
+)
+def test_an_exported_file_has_the_tiles(name: str, tmp_path: Path) -> None:
+    tile, size = TILES[name]
+    model = build(name, size)
+    model.model.tiler = Tiler(tile, tile // 4 * 3)
+    images = torch.rand(2, 3, *size)
+    with torch.no_grad():
+        expected = model(images)
+    session = onnxruntime.InferenceSession(model.to_onnx(tmp_path, input_size=size))
+    outputs = dict(
+        zip((each.name for each in session.get_outputs()), session.run(None, {"input": images.numpy()}), strict=True)
+    )
+    again = torch.load(model.to_torch(tmp_path), weights_only=False)["model"].eval()(images)
+    for field in ("pred_score", "anomaly_map"):
+        value = getattr(expected, field)
+        torch.testing.assert_close(torch.from_numpy(outputs[field]).view(value.shape), value, rtol=1e-3, atol=1e-3)
+        assert torch.equal(getattr(again, field), value)

@@ -80,6 +80,7 @@ CASES = {
             "p_lim": 1.0,
             "encoder_block": "small",  # a timm network's blocks are its own
             "decoder_block": "medium",
+            "random_tile_count": 0,
             "top_ratio": 1.5,
             "blur_width": 4,  # no centre
             "lr": 0.0,
@@ -110,6 +111,7 @@ CASES = {
             "lambda_g": -0.1,
             "alpha": 0.999,  # above beta
             "beta": 1.1,
+            "random_tile_count": 0,
             "global_loss": "cosine",
             "lr": 0.0,
             "weight_decay": -1.0,
@@ -153,6 +155,7 @@ CASES = {
             "reconstruction": "vae",
             "image_score": "median",
             "jitter_scale": -1.0,
+            "random_tile_count": 0,
             "jitter_prob": 1.5,
             "position_embedding": "cosine",
             "loss": "l1",

@@ -1,12 +1,9 @@
-"""Rendered cloth of 2048 x 2048 pixels with a fault of 12 pixels, and models that are trained on it in a moment."""
+"""Rendered cloth of 2048 x 2048 pixels with a fault of 12 pixels."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent / "contract"))
 
 SIZE = 2048
 DEFECT = 12
