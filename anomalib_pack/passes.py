@@ -83,8 +83,8 @@ def gathered_pass(
         tiles: of some tiles of an image from each process; with several, their order depends on the number of these.
     """
     tiled = getattr(module.model, "tiler", None) is not None
-    parts = module.model.parts if tiled else lambda images: [images]
-    measures = (measure(images) for batch in one_pass(module, loader, description) for images in parts(batch.image))
+    pieces = module.model.pieces if tiled else lambda images: [images]
+    measures = (measure(images) for batch in one_pass(module, loader, description) for images in pieces(batch.image))
     gather = partial(gather_tiles if tiled else gather_shares, module)
     share: Measures | None = None
     while True:

@@ -88,7 +88,7 @@ class TakesTiles(nn.Module):
             [crop(images[index // self.random_tile_count], place, tile) for index, place in enumerate(places)]
         )
 
-    def parts(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
+    def pieces(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
         """What is looked at: images (B, C, H, W) themselves, or tiles of one after the other, (n, C, h, w) at a time.
 
         A graph that is exported has all tiles of all images at once.
@@ -119,7 +119,7 @@ class TakesTiles(nn.Module):
         """
         if self.tiler is None:
             return detect(images)
-        results = [detect(tiles) for tiles in self.parts(images)]
+        results = [detect(tiles) for tiles in self.pieces(images)]
         sides = [self._side(images, axis) for axis in (0, 1)]
         number = len(sides[0].starts) * len(sides[1].starts)
         return type(results[0])(

@@ -216,7 +216,7 @@ class Ulsad(
     def _measure_channel_statistics(self, loader: DataLoader) -> None:
         sums = 0
         for batch in one_pass(self, loader, "Channel statistics"):
-            for images in self.model.parts(batch.image):
+            for images in self.model.pieces(batch.image):
                 sums = sums + channel_sums(self.model.raw_features(images))
         # Ours: a channel that never changes carries no information; dividing by 1 keeps it finite.
         mean, std = mean_and_std(sum_over_processes(self, sums))

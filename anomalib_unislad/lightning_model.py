@@ -272,7 +272,7 @@ class Unislad(
 
     def _raw_scores(self, images: torch.Tensor) -> torch.Tensor:
         """Scores before Step 8 of images or their tiles, (n, tiles, 4); 0 for those that are switched off."""
-        return torch.cat([self._scores(tiles) for tiles in self.model.parts(images)]).unflatten(0, (len(images), -1))
+        return torch.cat([self._scores(tiles) for tiles in self.model.pieces(images)]).unflatten(0, (len(images), -1))
 
     def _scores(self, images: torch.Tensor) -> torch.Tensor:
         features = self._extract(images)

@@ -22,9 +22,10 @@ from torch import nn
 
 from anomalib_pack import passes, tiling
 from anomalib_pack.data import MVTecLoco
+from anomalib_pack.explaining import explain
 from anomalib_pack.passes import gather_tiles
 from anomalib_pack.tiling import TakesTiles, crop, divide, join
-from anomalib_ulsad.lightning_model import explain
+from anomalib_ulsad.torch_model import branch_scores
 
 sys.path.insert(0, str(Path(__file__).parent / "contract"))
 from cases import CASES
@@ -96,7 +97,7 @@ def test_no_seam_where_a_tile_ends() -> None:
 @pytest.mark.parametrize("size", [(64, 96), (128, 64)])
 def test_tiles_where_they_fit_are_those_of_anomalib(size) -> None:
     images, tiler = torch.rand(2, 3, *size), Tiler(32, 16)
-    assert torch.equal(torch.cat(list(net(32, 16).parts(images))), tiler.tile(images))
+    assert torch.equal(torch.cat(list(net(32, 16).pieces(images))), tiler.tile(images))
     untiled = join(tiler.tile(images).unflatten(0, (2, -1)), *(divide(side, 32, 16) for side in size))
     torch.testing.assert_close(untiled, tiler.untile(tiler.tile(images)))
 
@@ -109,8 +110,8 @@ def test_the_last_tile_ends_flush() -> None:
 
 def test_few_tiles_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "CHUNK", 5 * 32 * 32 + 1)
-    parts = list(net(32, 16).parts(torch.rand(3, 3, 64, 96)))
-    assert [len(part) for part in parts] == 3 * [5, 5, 5]
+    pieces = list(net(32, 16).pieces(torch.rand(3, 3, 64, 96)))
+    assert [len(part) for part in pieces] == 3 * [5, 5, 5]
 
 
 def test_random_tiles() -> None:
@@ -144,7 +145,7 @@ def test_random_tiles() -> None:
 )
 def test_impossible_tiles(size, tile, stride, border, message) -> None:
     model = net(tile, stride, border)
-    for run in (lambda: list(model.parts(torch.rand(1, 3, *size))), lambda: model.drawn(torch.rand(1, 3, *size))):
+    for run in (lambda: list(model.pieces(torch.rand(1, 3, *size))), lambda: model.drawn(torch.rand(1, 3, *size))):
         with pytest.raises(ValueError, match=message):
             run()
 
@@ -157,7 +158,7 @@ def test_without_a_tiler_nothing_is_cut() -> None:
     model, images = Net(), torch.rand(2, 3, 7, 7)
     assert model.tiles is None
     assert model.drawn(images) is images
-    assert [part is images for part in model.parts(images)] == [True]
+    assert [part is images for part in model.pieces(images)] == [True]
     assert model.over_tiles(images, lambda given: given) is images
     assert model.state_dict() == net(32, 16).state_dict() == {}
 
@@ -224,7 +225,7 @@ def test_ulsad_runs_its_local_branch_only() -> None:
         maps = model.model.maps(torch.rand(1, 3, 256, 320))
     assert maps.logical is None
     assert maps.highest >= maps.structural.max()
-    assert explain(maps) == [f"structural {maps.highest.item():.2f}"]
+    assert explain(branch_scores(maps)) == [f"structural {maps.highest.item():.2f}"]
     losses = model.loss(model.model.train()(torch.rand(1, 3, 256, 320)))
     assert list(losses) == ["local"]
 
@@ -262,7 +263,7 @@ def fit(name: str, data: MVTecLoco, root: Path, **arguments) -> tuple[AnomalibMo
 
 
 def tiles_of(model: AnomalibModule, images: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(list(model.model.parts(torch.stack(images))))
+    return torch.cat(list(model.model.pieces(torch.stack(images))))
 
 
 def test_the_tiles_of_a_checkpoint_win(loco: MVTecLoco, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
