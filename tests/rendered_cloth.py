@@ -7,8 +7,8 @@ from PIL import Image
 
 SIZE = 2048
 DEFECT = 12
-PLACE = (1301, 723)  # first row and column of the fault
-PERIOD = 8  # pixels of a thread
+PLACE = (861, 723)  # first row and column of the fault
+PERIOD = 9  # pixels of a thread: in no step with the strides of networks
 
 
 def cloth(seed: int) -> np.ndarray:
@@ -33,11 +33,11 @@ def faulty(seed: int) -> np.ndarray:
     return image
 
 
-def write(root: Path) -> None:
-    """Three images for training, three for validation, one without and one with a fault."""
+def write(root: Path, size: int = SIZE) -> None:
+    """Three images for training, three for validation, one without and one with a fault, of their upper left corner."""
     for folder, seeds in {"train": (0, 1, 2), "val": (3, 4, 5), "good": (6,)}.items():
         (root / folder).mkdir(parents=True)
         for seed in seeds:
-            Image.fromarray(cloth(seed)).save(root / folder / f"{seed}.png", compress_level=1)
+            Image.fromarray(cloth(seed)[:size, :size]).save(root / folder / f"{seed}.png", compress_level=1)
     (root / "bad").mkdir()
-    Image.fromarray(faulty(6)).save(root / "bad" / "6.png", compress_level=1)
+    Image.fromarray(faulty(6)[:size, :size]).save(root / "bad" / "6.png", compress_level=1)

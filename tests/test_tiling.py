@@ -94,6 +94,24 @@ def test_no_seam_where_a_tile_ends() -> None:
     assert max(abs(after - before) for before, after in pairwise(line.tolist())) < 1.1 / 16
 
 
+class Doubled(Net):
+    """Gives a map and a score."""
+
+    def forward(self, images):
+        return self.over_tiles(images, lambda tiles: Result(tiles.amax(dim=(1, 2, 3)), 2 * tiles))[:2]
+
+
+@torch.no_grad()
+def test_tiles_in_a_graph() -> None:
+    """For any number of images; the sides do not divide."""
+    model, images = Doubled(), torch.rand(3, 1, 50, 70)
+    model.tiler = Tiler(32, 20)
+    dynamic = {"images": {0: torch.export.Dim("batch", min=1)}}
+    program = torch.export.export(model, (images[:2],), dynamic_shapes=dynamic, strict=False)
+    for given, expected in zip(program.module()(images), model(images), strict=True):
+        assert torch.equal(given, expected)
+
+
 @pytest.mark.parametrize("size", [(64, 96), (128, 64)])
 def test_tiles_where_they_fit_are_those_of_anomalib(size) -> None:
     images, tiler = torch.rand(2, 3, *size), Tiler(32, 16)
@@ -360,9 +378,8 @@ def test_images_no_larger_than_a_tile(loco: MVTecLoco, tmp_path: Path) -> None:
         engine.fit(build("Uniad", (96, 96)), datamodule=loco)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "MiniMaxAd" else pytest.mark.slow) for name in TILES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TILES)
 def test_an_exported_file_has_the_tiles(name: str, tmp_path: Path) -> None:
     tile, size = TILES[name]
     model = build(name, size)
