@@ -30,6 +30,7 @@ def build(entry: Entry, device: str) -> tuple[AnomalibModule, list[str]]:
     fresh = _construct(entry)
     if entry.ckpt_path is not None:
         model = _restore(fresh, entry, entry.ckpt_path)
+        fresh = type(model)(**model.hparams)  # the entry need not repeat the checkpoint's arguments
     elif any(buffer.numel() == 0 for buffer in fresh.model.buffers()):
         with TemporaryDirectory() as folder:
             # In a process of its own, as fitting takes far more memory than the passes that are measured.
