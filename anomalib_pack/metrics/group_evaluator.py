@@ -143,6 +143,7 @@ class GroupEvaluator(Evaluator):
         self._originals: list[Originals] = []  # of each loader, if there are metrics at the original size
         self._raw = KeepsRawMaps()
         self._post_processor: PostProcessor | None = None
+        self._min_area = 0  # of a defect in predicted masks at the original size
         self._store: list[SimpleNamespace] = []
         self._areas: dict[str, dict[float, float]] = {}  # AUC-sPRO of all limits by group
         self._table: Table | None = None
@@ -175,6 +176,7 @@ class GroupEvaluator(Evaluator):
                 check_whole_image(pl_module, dataset)
             # Around nn.Module, for which it would be a part: its thresholds would enter checkpoints twice.
             object.__setattr__(self, "_post_processor", getattr(pl_module, "post_processor", None))
+            self._min_area = _min_area(trainer)
             # A new list, because the trainer is on its way through this one; in front of the post-processor.
             others = [callback for callback in trainer.callbacks if callback is not self._raw]
             trainer.callbacks = [self._raw, *others]
@@ -362,7 +364,8 @@ class GroupEvaluator(Evaluator):
     def _original_batch(self, metric: AnomalibMetric, samples: SimpleNamespace, which: slice) -> SimpleNamespace:
         batch = select(samples, self._batch_fields(metric), which)
         original = samples.originals[which][0]
-        return SimpleNamespace(**vars(batch), **vars(original.batch(metric.fields, self._post_processor)))
+        at_original = original.batch(metric.fields, self._post_processor, self._min_area)
+        return SimpleNamespace(**vars(batch), **vars(at_original))
 
     def _published_results(self, trainer: Trainer) -> dict[str, dict]:
         """Results of MVTec LOCO's categories in the format of the published evaluation, by category."""
@@ -404,6 +407,12 @@ class GroupEvaluator(Evaluator):
         if self._table is not None:
             Console().print(self._table)
             self._table = None
+
+
+def _min_area(trainer: Trainer) -> int:
+    from anomalib_pack.records import WriteRecords  # noqa: PLC0415  # which needs this module
+
+    return max((each.settings.min_area for each in trainer.callbacks if isinstance(each, WriteRecords)), default=0)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

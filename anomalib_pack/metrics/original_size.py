@@ -108,10 +108,11 @@ class Original:
         """Map at the size of the file."""
         return at_size(self.raw, self.size)
 
-    def batch(self, fields: Sequence[str], post_processor: PostProcessor | None) -> SimpleNamespace:
+    def batch(self, fields: Sequence[str], post_processor: PostProcessor | None, min_area: int = 0) -> SimpleNamespace:
         """A batch of this image with those of the fields that exist at the original size.
 
-        Maps and masks have shape (1, H, W). Predicted masks are those of the post-processor, at this size.
+        Maps and masks have shape (1, H, W). Predicted masks are those of the post-processor, at this size, without
+        regions of fewer than ``min_area`` pixels.
         """
         found, device, maps = SimpleNamespace(), self.raw.device, self.anomaly_map().unsqueeze(0)
         for field in set(fields).intersection(ORIGINAL_FIELDS):
@@ -120,7 +121,7 @@ class Original:
             elif field == "gt_mask":
                 found.gt_mask = None if self.mask is None else self.mask.mask().unsqueeze(0).to(device)
             elif field == "pred_mask":
-                found.pred_mask = predicted_masks(maps, post_processor)
+                found.pred_mask = predicted_masks(maps, post_processor, min_area)
             elif self.defects is None:
                 found.defects = None
             else:
@@ -128,14 +129,22 @@ class Original:
         return found
 
 
-def predicted_masks(maps: Tensor, post_processor: PostProcessor | None) -> Tensor | None:
-    """Masks of a post-processor for raw maps, (B, H, W); None if it gives none."""
+def predicted_masks(maps: Tensor, post_processor: PostProcessor | None, min_area: int = 0) -> Tensor | None:
+    """Masks of a post-processor for raw maps, (B, H, W), without smaller regions; None if it gives none."""
     if post_processor is None:
         return None
     device = next((buffer.device for buffer in post_processor.buffers()), maps.device)
     batch = SimpleNamespace(anomaly_map=maps.to(device), pred_score=None, pred_label=None, pred_mask=None)
     post_processor.post_process_batch(batch)
-    return None if batch.pred_mask is None else batch.pred_mask.to(maps.device)
+    if batch.pred_mask is None:
+        return None
+    masks = batch.pred_mask.to(maps.device)
+    if min_area:
+        from anomalib_pack.records.defects import find_regions  # noqa: PLC0415  # records need this module
+
+        labels = [find_regions(mask, mask, min_area).labels for mask in masks.cpu().numpy()]
+        masks = torch.from_numpy(np.stack(labels)).to(maps.device) > 0
+    return masks
 
 
 class Originals:

@@ -8,6 +8,7 @@ Files of a run, and who writes them::
     thresholds.py       from which score on an image is anomalous
     defects.py          a mask and a map -> defects, with plain arrays
     table.py            rows -> files, batch by batch
+    coco.py             defects -> one file for labelling tools
 """
 
 from anomalib_pack.records.defects import Defect, find_defects

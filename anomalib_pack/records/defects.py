@@ -103,6 +103,48 @@ def find_regions(mask: NDArray, anomaly_map: NDArray, min_area: int = 0, pixel_s
     return Regions(defects, numbers[labels])
 
 
+def outline(labels: NDArray[np.int32], number: int, defect: Defect) -> NDArray[np.int32]:
+    """Outer border of a defect along the edges of its pixels; holes are inside.
+
+    Args:
+        labels: Those of :class:`Regions`.
+        number: The defect's number there.
+        defect: The defect.
+
+    Returns:
+        Corners in order, (N, 2), as x and y, where a pixel is from its column and row to the next ones.
+
+    Example:
+        >>> mask = np.zeros((3, 4), dtype=bool)
+        >>> mask[1, 1:3] = True
+        >>> defects, labels = find_regions(mask, mask)
+        >>> outline(labels, 1, defects[0]).tolist()
+        [[1, 1], [1, 2], [3, 2], [3, 1]]
+    """
+    columns, rows = slice(defect.x, defect.x + defect.width), slice(defect.y, defect.y + defect.height)
+    # OpenCV goes from centre to centre of the outer pixels. Of four small ones in place of each pixel, these centres
+    # are a quarter of a pixel away from the edges.
+    small = (labels[rows, columns] == number).repeat(2, axis=0).repeat(2, axis=1)
+    contours, _ = cv2.findContours(small.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    corners = (contours[0][:, 0] + 1) // 2
+    is_new = (corners != np.roll(corners, 1, axis=0)).any(axis=1)  # a corner that points inwards comes twice
+    return corners[is_new] + np.array([defect.x, defect.y], dtype=np.int32)
+
+
+def without_specks(mask: NDArray, kept: NDArray) -> NDArray:
+    """A mask without the regions that are no defects in a mask of another size.
+
+    Args:
+        mask: Boolean, (h, w).
+        kept: The same image with defects only, (H, W).
+    """
+    share = cv2.resize(kept.astype(np.float32), mask.shape[::-1], interpolation=cv2.INTER_AREA)
+    # A pixel of the larger mask comes from the four around its place in the smaller one.
+    near = cv2.dilate((share > 0).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    _, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+    return mask & np.isin(labels, np.unique(labels[near]))
+
+
 def check_sizes(min_area: int, pixel_size: float | None) -> None:
     """Check arguments.
 

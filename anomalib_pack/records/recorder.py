@@ -6,12 +6,16 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from anomalib.data import AnomalibDataModule, Batch, PredictDataset
 from anomalib.data.datasets.base import AnomalibDataset
 from lightning import LightningModule, Trainer
+from numpy.typing import NDArray
 from torch import Tensor
 from torch import distributed as dist
 from torch.utils.data.distributed import DistributedSampler
@@ -22,7 +26,8 @@ from anomalib_pack.evaluation.layout import category_name
 from anomalib_pack.files import replace_file
 from anomalib_pack.metrics.original_size import NotWholeError, at_size, check_whole_image, predicted_masks
 from anomalib_pack.pictures import output_folder, picture_of
-from anomalib_pack.records.defects import Defect, find_regions
+from anomalib_pack.records.coco import Outlined, annotation_file
+from anomalib_pack.records.defects import Defect, Regions, find_regions, outline, without_specks
 from anomalib_pack.records.rows import (
     DEFECT_COLUMNS,
     PREDICTION_COLUMNS,
@@ -47,11 +52,30 @@ class Record(NamedTuple):
         place: Number of its data loader, and its own in the data set.
         prediction: Its row.
         defects: Rows of its defects.
+        outlines: Those of the defects, if there is a COCO file.
     """
 
     place: tuple[int, int]
     prediction: Row
     defects: list[Row]
+    outlines: list[NDArray[np.int32]]
+
+
+class Found(NamedTuple):
+    """Defects of an image, and their outlines if there is a COCO file."""
+
+    defects: list[Defect]
+    outlines: list[NDArray[np.int32]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arguments of :class:`~anomalib_pack.records.WriteRecords`."""
+
+    min_area: int
+    pixel_size: float | None
+    coco: Path | None
+    json_lines: bool
 
 
 class Recorder:
@@ -62,9 +86,16 @@ class Recorder:
         module: The model.
         name: Name of the file of predictions, without suffix.
         loaders: Data loaders of the run.
+        settings: What the user has chosen.
+
+    Raises:
+        NotWholeError: If defects are asked for, and maps do not show whole images.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, name: str, loaders: Sequence[Any]) -> None:
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, name: str, loaders: Sequence[Any], settings: Settings
+    ) -> None:
+        self._settings = settings
         self._trainer = trainer
         self._loaders = loaders
         self._folder = Path(trainer.default_root_dir)
@@ -72,24 +103,41 @@ class Recorder:
         self._thresholds = image_thresholds(self._post_processor)
         self._categories = [_categories(trainer, getattr(loader, "dataset", None)) for loader in loaders]
         self._seen = [0] * len(loaders)  # images of each loader, in this process
-        self._records: list[Record] = []  # of this process, if there are several
+        self._keeps_records = trainer.world_size > 1 or settings.coco is not None
+        self._records: list[Record] = []  # of this process, if they are kept
         self._said = False
         self._raw_scores: Tensor | None = None
         self._raw_maps: Tensor | None = None
         self._gives_masks = False  # whether the model itself gives masks
-        self._defects: list[list[Defect]] = []  # of each image of a batch
-        self._tables: list[tuple[Table, Callable[[Record], list[Row]]]] = [
-            (Table(self._own(f"{name}.csv"), PREDICTION_COLUMNS), lambda record: [record.prediction])
-        ]
-        self._finds_defects = _show_whole_images(module, loaders)
-        if self._finds_defects:
-            self._tables += [(Table(self._own("defects.csv"), DEFECT_COLUMNS), lambda record: record.defects)]
+        self._found: list[Found] = []  # in each image of a batch
+        self._finds_defects = self._show_whole_images(module)
+        self._tables = list(self._new_tables(name))
         self._add([])
+
+    def _new_tables(self, name: str) -> Iterator[tuple[Table, Callable[[Record], list[Row]]]]:
+        """Tables, and what tells the rows of an image."""
+        for suffix in (".csv", ".jsonl") if self._settings.json_lines else (".csv",):
+            yield Table(self._own(name + suffix), PREDICTION_COLUMNS), lambda record: [record.prediction]
+            if self._finds_defects:
+                yield Table(self._own("defects" + suffix), DEFECT_COLUMNS), lambda record: record.defects
 
     def _own(self, name: str) -> Path:
         """File of this process: the file itself on the first one."""
         path, rank = self._folder / name, self._trainer.global_rank
         return path.with_name(f"{path.stem}.rank{rank}{path.suffix}") if rank else path
+
+    def _show_whole_images(self, module: LightningModule) -> bool:
+        datasets = [getattr(loader, "dataset", None) for loader in self._loaders]
+        try:
+            for dataset in datasets:
+                if isinstance(dataset, AnomalibDataset | PredictDataset | PredictImages):
+                    check_whole_image(module, dataset)
+        except NotWholeError as error:
+            if self._settings.min_area or self._settings.coco:
+                raise
+            logger.warning("There are no records of defects. %s", error)
+            return False
+        return True
 
     def take_raw(self, outputs: Batch, _dataloader_idx: int) -> None:
         """Keep scores and maps as the model gives them."""
@@ -100,16 +148,29 @@ class Recorder:
         self._gives_masks = outputs.pred_mask is not None
 
     def find_defects(self, outputs: Batch, _dataloader_idx: int) -> None:
-        """Find the defects in the predicted masks."""
-        self._defects = [[] for _ in range(outputs.batch_size)]
+        """Find the defects in the predicted masks, and drop what is too small to be one from masks and labels."""
+        self._found = [Found([], []) for _ in range(outputs.batch_size)]
         paths = getattr(outputs, "image_path", None)  # videos have none
         if outputs.pred_mask is None or paths is None or self._raw_maps is None:
             return
-        for index, (path, mask) in enumerate(zip(paths, outputs.pred_mask, strict=True)):
-            if mask.any():
-                self._defects[index] = self._defects_of(path, _flat(self._raw_maps[index]), _flat(mask))
+        masks = outputs.pred_mask.clone() if self._settings.min_area else outputs.pred_mask
+        for index in masks.flatten(1).any(dim=1).nonzero().flatten().tolist():
+            mask = _flat(masks[index])
+            regions = self._regions(paths[index], _flat(self._raw_maps[index]), mask)
+            self._found[index] = self._outlined(regions)
+            if self._settings.min_area:
+                mask.copy_(torch.from_numpy(without_specks(mask.cpu().numpy(), regions.labels > 0)))
+        if self._settings.min_area:
+            outputs.pred_mask = masks
+            self._drop_labels(outputs)
 
-    def _defects_of(self, image_path: str, raw_map: Tensor, mask: Tensor) -> list[Defect]:
+    def _drop_labels(self, outputs: Batch) -> None:
+        """Let images without a defect be normal."""
+        if outputs.pred_label is not None:
+            have_defects = torch.tensor([bool(found.defects) for found in self._found])
+            outputs.pred_label = outputs.pred_label & have_defects.to(outputs.pred_label.device)
+
+    def _regions(self, image_path: str, raw_map: Tensor, mask: Tensor) -> Regions:
         """Defects of an image at the size of its file."""
         size = read_header(image_path).size
         raw_map = at_size(raw_map, size)
@@ -117,16 +178,21 @@ class Recorder:
             mask = at_size(mask.float(), size) >= 0.5
         else:
             mask = predicted_masks(raw_map.unsqueeze(0), self._post_processor).squeeze(0)
-        return find_regions(mask.cpu().numpy(), raw_map.cpu().numpy()).defects
+        arrays = mask.cpu().numpy(), raw_map.cpu().numpy()
+        return find_regions(*arrays, self._settings.min_area, self._settings.pixel_size)
+
+    def _outlined(self, regions: Regions) -> Found:
+        numbered = enumerate(regions.defects if self._settings.coco else [], start=1)
+        return Found(regions.defects, [outline(regions.labels, number, defect) for number, defect in numbered])
 
     def write(self, outputs: Batch, dataloader_idx: int) -> None:
         """Write what is known of a batch."""
         places = self._places(outputs.batch_size, dataloader_idx)
         predictions = self._predictions(outputs, self._categories[dataloader_idx])
-        images = zip(places, predictions, self._defects, strict=True)
+        images = zip(places, predictions, self._found, strict=True)
         records = [
-            Record(place, prediction, defect_rows(prediction, defects))
-            for place, prediction, defects in images
+            Record(place, prediction, defect_rows(prediction, found.defects), found.outlines)
+            for place, prediction, found in images
             if place is not None
         ]
         self._add(records)
@@ -176,17 +242,31 @@ class Recorder:
     def end(self) -> None:
         """Write what is missing; with several processes, the first one writes the records of all."""
         self._add([])
-        if self._trainer.world_size == 1:
-            return
+        if self._trainer.world_size > 1:
+            self._gather()
+        self.write_coco()
+
+    def _gather(self) -> None:
         shares = [[]] * self._trainer.world_size
         dist.all_gather_object(shares, self._records)
-        records = sorted((record for share in shares for record in share), key=lambda record: record.place)
+        self._records = sorted((record for share in shares for record in share), key=lambda record: record.place)
         for table, rows_of in self._tables:
             with self._sparing_metrics():
                 if self._trainer.is_global_zero:
-                    table.replace([row for record in records for row in rows_of(record)])
+                    table.replace([row for record in self._records for row in rows_of(record)])
                 else:
                     table.path.unlink(missing_ok=True)
+
+    def write_coco(self) -> None:
+        """Write the COCO file of the images so far, if there is to be one."""
+        if self._settings.coco is not None and self._trainer.is_global_zero:
+            paths = [record.prediction["image_path"] for record in self._records]
+            images = (
+                Outlined(path, read_header(path).size, record.defects, record.outlines)
+                for path, record in zip(paths, self._records, strict=True)
+            )
+            with self._sparing_metrics():
+                replace_file(self._settings.coco, annotation_file(images))
 
     def write_metrics(self, metrics: dict[str, float]) -> None:
         """Write the metrics of a test."""
@@ -195,7 +275,7 @@ class Recorder:
                 replace_file(self._folder / METRICS, json.dumps(metrics, indent=4).encode())
 
     def _add(self, records: list[Record]) -> None:
-        if self._trainer.world_size > 1:
+        if self._keeps_records:
             self._records += records
         for table, rows_of in self._tables:
             with self._sparing_metrics():
@@ -225,15 +305,3 @@ def _categories(trainer: Trainer, dataset: Any) -> Callable[[str], str]:
         return lambda path: by_path.get(path, "")
     name = category_name(trainer.datamodule if isinstance(trainer.datamodule, AnomalibDataModule) else dataset)
     return lambda _path: name
-
-
-def _show_whole_images(module: LightningModule, loaders: Sequence[Any]) -> bool:
-    datasets = [getattr(loader, "dataset", None) for loader in loaders]
-    try:
-        for dataset in datasets:
-            if isinstance(dataset, AnomalibDataset | PredictDataset | PredictImages):
-                check_whole_image(module, dataset)
-    except NotWholeError as error:
-        logger.warning("There are no records of defects. %s", error)
-        return False
-    return True

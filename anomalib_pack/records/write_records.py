@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from anomalib.data import Batch
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 
-from anomalib_pack.records.recorder import Recorder
+from anomalib_pack.records.defects import check_sizes
+from anomalib_pack.records.recorder import Recorder, Settings
 
 STAGES = {"test": "test_predictions", "predict": "predictions"}  # and the names of their files
 
@@ -30,12 +32,32 @@ class WriteRecords(Callback):
     All models of the pack have this callback; one among the ``callbacks`` of the trainer takes its place, and gives any
     other model of Anomalib's its records.
 
+    Args:
+        min_area: Least number of pixels of a defect, in the image file. With it, smaller regions are dropped from the
+            predicted masks before metrics and pictures see them, and an image is anomalous only if its score says so
+            and a defect is left. Scores stay as they are.
+        pixel_size: Width and height of a pixel of the image files in millimetres, for areas in square millimetres.
+        coco: File for the defects as annotations in the format of COCO, with their outer borders as polygons.
+        json_lines: Write each table also as JSON Lines, with the same keys: ``test_predictions.jsonl``.
+
+    Raises:
+        ValueError: If ``min_area`` is negative or ``pixel_size`` not above 0; in a run with ``min_area`` or ``coco``,
+            if maps do not show whole images.
+
     Example:
         >>> from anomalib.engine import Engine
-        >>> engine = Engine(callbacks=[WriteRecords()])
+        >>> engine = Engine(callbacks=[WriteRecords(min_area=20, pixel_size=0.05)])
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        min_area: int = 0,
+        pixel_size: float | None = None,
+        coco: str | Path | None = None,
+        json_lines: bool = False,
+    ) -> None:
+        check_sizes(min_area, pixel_size)
+        self.settings = Settings(min_area, pixel_size, None if coco is None else Path(coco), json_lines)
         self._recorder: Recorder | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -69,7 +91,7 @@ class WriteRecords(Callback):
         loaders = loader if isinstance(loader, list) else [loader]
         # A batch of Anomalib's tiled ensemble has one tile of each image.
         has_tiles = any(hasattr(getattr(each, "collate_fn", None), "tile_index") for each in loaders)
-        self._recorder = None if has_tiles else Recorder(trainer, module, STAGES[stage], loaders)
+        self._recorder = None if has_tiles else Recorder(trainer, module, STAGES[stage], loaders, self.settings)
 
     def at(self, name: str, outputs: Batch, dataloader_idx: int) -> None:
         """Do what belongs to a place among the callbacks."""
@@ -86,6 +108,11 @@ class WriteRecords(Callback):
         """Write the records of all processes."""
         if self._recorder is not None:
             self._recorder.end()
+
+    def on_exception(self, _trainer: Trainer, _pl_module: LightningModule, _exception: BaseException) -> None:
+        """Write the COCO file of the images so far; tables have them."""
+        if self._recorder is not None:
+            self._recorder.write_coco()
 
 
 class _Place(Callback):

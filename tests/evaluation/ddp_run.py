@@ -1,5 +1,6 @@
 """Script: python ddp_run.py IMAGES RESULTS DEVICES. Trains and tests on the CPU; the first process writes results."""
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from anomalib.data.datasets.image.mvtecad import MVTecADDataset
 from anomalib.engine import Engine
 from tiny_model import TinyModel
 
+from anomalib_pack.callbacks import WriteRecords
 from anomalib_pack.data.masks import read_mask
 from anomalib_pack.defect import Defect
 from anomalib_pack.metrics import GroupEvaluator, default_test_metrics, pixel
@@ -23,6 +25,15 @@ def defects(dataset, image_path):
         return []
     mask = read_mask(sample.mask_path)
     return [Defect(sample.label, mask, int(mask.sum()) // 4)]
+
+
+def records(folder, coco):
+    """All that a test writes of images and defects."""
+    found = {"files": sorted(path.name for path in folder.glob("*.csv"))}
+    for name in ("test_predictions", "defects"):
+        with (folder / f"{name}.csv").open(newline="") as file:
+            found[name] = list(csv.DictReader(file))
+    return found | {"coco": json.loads(coco.read_text())}
 
 
 def run(images, results, devices, val_split_mode):
@@ -50,6 +61,7 @@ def run(images, results, devices, val_split_mode):
         default_root_dir=results,
         enable_progress_bar=False,
         enable_model_summary=False,
+        callbacks=[WriteRecords(coco=results / "coco.json")],
     )
     MVTecADDataset.defects = defects
     engine.fit(model, datamodule=datamodule)
@@ -58,6 +70,7 @@ def run(images, results, devices, val_split_mode):
     statistics = {name: getattr(model.post_processor, name).item() for name in names}
     found = {"statistics": statistics, "metrics": metrics}
     if engine.trainer.is_global_zero:
+        found["records"] = records(Path(engine.trainer.default_root_dir), results / "coco.json")
         published = json.loads((Path(engine.trainer.default_root_dir) / "cloth_metrics.json").read_text())
         found["published"] = published["localization"]["auc_spro"] | {"images": published["classification"]["auc_roc"]}
     return found, engine.trainer.is_global_zero

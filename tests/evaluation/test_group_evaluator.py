@@ -367,3 +367,18 @@ def test_two_processes_give_what_one_gives(images, tmp_path, monkeypatch):
         assert two[val_split_mode]["published"].keys() == {"hole", "stain", "mean", "images"}
         for name, values in two[val_split_mode]["published"].items():
             assert values == pytest.approx(one[val_split_mode]["published"][name], abs=1e-6)
+        check_records(two[val_split_mode]["records"], one[val_split_mode]["records"])
+
+
+def check_records(two, one):
+    """The first of two processes has the records of both, in the data set's order."""
+    assert two["files"] == one["files"] == ["defects.csv", "metrics.csv", "test_predictions.csv"]
+    assert len(one["test_predictions"]) == 25
+    assert len(one["defects"]) == len(one["coco"]["annotations"]) > 0
+    for name in ("test_predictions", "defects"):
+        paths = [row["image_path"] for row in one[name]]
+        assert [row["image_path"] for row in two[name]] == paths
+    scores = [[float(row["raw_score"]) for row in each["test_predictions"]] for each in (two, one)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert [row["area"] for row in two["defects"]] == [row["area"] for row in one["defects"]]
+    assert two["coco"]["images"] == one["coco"]["images"]
