@@ -147,6 +147,41 @@ def test_pictures_do_not_cost_the_metrics(
             image.verify()
 
 
+class Explained(Tiny):
+    """With explanations so long that the rows of a batch need more than is left of a block of the disk."""
+
+    def test_step(self, batch, batch_idx):
+        return super().test_step(batch, batch_idx).update(explanation=["x" * 2000] * batch.batch_size)
+
+
+class FillAndFree(Callback):
+    """A disk that is full when the first batch has been tested, and not any more after the second."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.lines = []
+
+    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
+        records = Path(trainer.default_root_dir) / "test_predictions.csv"
+        self.lines.append(records.read_text().count("\n"))
+        if batch_idx == 1:
+            fill(self.root)
+        if batch_idx == 2:
+            (self.root / "filler").unlink()
+
+
+def test_records_do_not_cost_the_metrics(loco: MVTecLoco, disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What could not be written follows when there is space; until then the file ends with a whole row."""
+    filling, model = FillAndFree(disk), Explained(visualizer=False)
+    runs = engine(disk, filling)
+    (metrics,) = runs.test(model, datamodule=loco)
+    assert "image_AUROC" in metrics
+    assert caplog.text.count("test_predictions.csv: No space left on device. The metrics do not need it") == 1
+    records = Path(runs.trainer.default_root_dir) / "test_predictions.csv"
+    assert filling.lines == [1, 5, 5]
+    assert records.read_text().count("\n") == 13
+
+
 def test_sweep_says_what_is_lost(disk: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of before stay; a row that cannot be written is printed, and the job counts as failed."""
     results = disk / job.RESULTS

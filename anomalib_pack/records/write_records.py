@@ -123,16 +123,9 @@ class _Place(Callback):
         self.name = name
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Batch,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, _trainer: Trainer, _module: LightningModule, outputs: Batch, _batch: Batch, _index: int, loader: int = 0
     ) -> None:
         """Look at a batch."""
-        del trainer, pl_module, batch, batch_idx
-        self.owner.at(self.name, outputs, dataloader_idx)
+        self.owner.at(self.name, outputs, loader)
 
     on_predict_batch_end = on_test_batch_end

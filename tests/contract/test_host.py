@@ -327,6 +327,7 @@ def test_tiled_ensemble(
     assert sorted(path.name for path in folder.glob("weights/lightning/*.ckpt")) == ["model0_0.ckpt", "model0_1.ckpt"]
     EvalTiledEnsemble(folder).run(Namespace(config=config))
     assert len(list(folder.glob("images/**/*.png"))) == 8
+    assert not list(tmp_path.rglob("*predictions.csv"))  # nobody wants a row for each tile
     metrics = pd.read_csv(folder / "metric_results.csv")
     assert metrics["image_AUROC"].between(0, 1).all()
     assert metrics["pixel_AUROC"].between(0, 1).all()

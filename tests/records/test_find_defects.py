@@ -1,11 +1,13 @@
 """Defects of a mask, against SciPy's regions of each one."""
 
+import cv2
 import numpy as np
 import pytest
 from scipy import ndimage
+from skimage.draw import polygon
 
 from anomalib_pack.records import find_defects
-from anomalib_pack.records.defects import find_regions
+from anomalib_pack.records.defects import find_regions, outline, without_specks
 
 
 @pytest.fixture
@@ -74,3 +76,40 @@ def test_nothing_anomalous() -> None:
 def test_impossible_values_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_defects(**{"mask": np.zeros((4, 4), dtype=bool), "anomaly_map": np.zeros((4, 4))} | arguments)
+
+
+def rasterised(corners: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Pixels whose centres are in a polygon, found by another library."""
+    pixels = np.zeros(shape, dtype=bool)
+    pixels[polygon(corners[:, 1] - 0.5, corners[:, 0] - 0.5, shape)] = True
+    return pixels
+
+
+@pytest.mark.parametrize("kind", ["blobs", "noise"])
+def test_outlines(mask: np.ndarray, scores: np.ndarray, kind: str) -> None:
+    """They go around the pixels of a defect and its holes, also where pixels touch at corners."""
+    defects, labels = find_regions(mask if kind == "blobs" else scores > 0.3, scores)
+    has_holes = []
+    for number, defect in enumerate(defects, start=1):
+        corners = outline(labels, number, defect)
+        filled = ndimage.binary_fill_holes(labels == number)
+        np.testing.assert_array_equal(rasterised(corners, mask.shape), filled)
+        assert cv2.contourArea(corners) == filled.sum()
+        assert len(corners) >= 4
+        assert (corners != np.roll(corners, 1, axis=0)).any(axis=1).all()
+        has_holes.append(filled.sum() > defect.area)
+    assert any(has_holes) == (kind == "noise")
+
+
+def test_specks_are_dropped_from_a_mask_of_another_size() -> None:
+    small = np.zeros((20, 30), dtype=bool)
+    small[2:8, 3:9] = True
+    small[15, 25] = True
+    large = small.repeat(4, axis=0).repeat(4, axis=1)
+    kept = find_regions(large, large, min_area=17).labels > 0
+    expected = small.copy()
+    expected[15, 25] = False
+    np.testing.assert_array_equal(without_specks(small, kept), expected)
+    np.testing.assert_array_equal(without_specks(small, large), small)
+    assert not without_specks(small, np.zeros_like(large)).any()
+    np.testing.assert_array_equal(without_specks(large, small), large)
