@@ -30,9 +30,10 @@ EPOCHS = {"MiniMaxAd": 6, "Ulsad": 10, "Uniad": 10, "Unislad": 1}  # of as many 
 
 
 class Found(NamedTuple):
-    normal: bool  # label of the image without a fault
-    faulty: bool  # of that with one
-    place: tuple[int, int]  # of the map's maximum in the latter
+    normal: float  # score of the image without a fault
+    faulty: float  # of that with one
+    is_anomalous: bool  # label of the latter
+    place: tuple[int, int]  # of the maximum of its map
 
 
 def inspect(name: str, cloths: Path, root: Path, size: int, tile: int | None) -> Found:
@@ -59,13 +60,11 @@ def inspect(name: str, cloths: Path, root: Path, size: int, tile: int | None) ->
     callbacks = [TilerConfigurationCallback(enable=True, tile_size=tile, stride=tile)] if tile else []
     engine = quiet_engine(root, max_epochs=epochs, check_val_every_n_epoch=epochs, callbacks=callbacks)
     engine.fit(model, datamodule=data)
-    labels, maps = [], []
-    for folder in ("good", "bad"):
-        [batch] = engine.predict(model, dataset=PredictDataset(cloths / folder))
-        labels.append(bool(batch.pred_label))
-        maps.append(batch.anomaly_map.squeeze())
-        logger.info("%s %d %s: normalised score %.3f", name, size, folder, batch.pred_score.item())
-    return Found(*labels, divmod(maps[1].argmax().item(), size))
+    [normal], [faulty] = (engine.predict(model, dataset=PredictDataset(cloths / each)) for each in ("good", "bad"))
+    place = divmod(faulty.anomaly_map.argmax().item(), size)
+    found = Found(normal.pred_score.item(), faulty.pred_score.item(), bool(faulty.pred_label), place)
+    logger.info("%s at %d: %s", name, size, found)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -75,8 +74,8 @@ def inspect(name: str, cloths: Path, root: Path, size: int, tile: int | None) ->
 def test_a_small_fault_is_found_in_tiles_and_missed_without(name: str, size: int, tmp_path: Path) -> None:
     write(tmp_path / "cloths", size)
     found = inspect(name, tmp_path / "cloths", tmp_path / "tiles", size, size // SHRUNK)
-    assert not found.normal
-    assert found.faulty
+    assert found.is_anomalous
+    assert found.faulty > found.normal
     for pixel, first in zip(found.place, PLACE, strict=True):
         assert first <= pixel < first + DEFECT
-    assert not inspect(name, tmp_path / "cloths", tmp_path / "whole", size // SHRUNK, None).faulty
+    assert not inspect(name, tmp_path / "cloths", tmp_path / "whole", size // SHRUNK, None).is_anomalous
