@@ -267,7 +267,7 @@ def chunks(module: Ulsad, images: Images) -> Iterator[torch.Tensor]:
 
 def join(maps: Iterator[BranchMaps]) -> BranchMaps:
     """Join the maps of chunks."""
-    return BranchMaps(*(torch.cat(rows) for rows in zip(*maps, strict=True)))
+    return BranchMaps(*(torch.cat(rows) for rows in zip(*(each[:2] for each in maps), strict=True)))
 
 
 def aurocs(columns: dict[str, torch.Tensor], folders: list[str]) -> dict[str, dict[str, float]]:
