@@ -9,28 +9,40 @@ import numpy as np
 import torch
 from torchvision.transforms.v2.functional import to_dtype, to_image
 
-from .data.image_files import read_image, scaled
+from .data.image_files import read_header, read_image, scaled
 
 Frame: TypeAlias = np.ndarray | str | Path
 
 DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16))
 
 
+def size_of(frame: Frame) -> tuple[int, int]:
+    """Height and width of a frame, or of the image in a file, of which no more is read.
+
+    Raises:
+        OSError: If a file cannot be read; the message names it.
+        TypeError: If the frame is neither uint8 nor uint16, nor a path.
+        ValueError: If it has no shape of a frame.
+    """
+    if isinstance(frame, str | Path):
+        return read_header(frame).size
+    _check(frame)
+    return frame.shape[:2]
+
+
 def image_of(frame: Frame, white_level: float | None = None) -> torch.Tensor:
     """A frame as the image (3, H, W), RGB in [0, 1], that a file with the same pixels would be.
 
     Args:
-        frame: uint8 or uint16, H x W x 3 in the order RGB, or gray, H x W; or the path of an image file.
+        frame: uint8 or uint16, H x W x 3 in the order RGB, or gray, H x W or H x W x 1; or the path of an image file.
         white_level: The value that is white in frames and files of more than 8 bits.
 
     Raises:
         OSError: If a file cannot be read; the message names it.
-        TypeError: If the frame is none of these.
-        ValueError: If it has another shape, values beyond what is white, or 16 bits without a ``white_level``.
+        ValueError: If there are values beyond what is white, or 16 bits without a ``white_level``.
     """
     if isinstance(frame, str | Path):
         return read_image(frame, white_level)
-    _check(frame)
     if frame.dtype == np.uint8:
         image = to_dtype(to_image(np.ascontiguousarray(frame)), torch.float32, scale=True)
         return image.expand(3, -1, -1).contiguous()

@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import resize
 from .checks import require
 from .data.image_files import check_white_level
 from .explaining import explain
-from .frames import Frame, image_of
+from .frames import Frame, image_of, size_of
 from .metadata import UNKNOWN, Normalization, normalizations, read_metadata
 from .metrics.original_size import at_size, keeps_places
 from .post_processing import normalize
@@ -72,19 +72,21 @@ class Inspector:
 
     Args:
         source: A checkpoint (``.ckpt``), or an ONNX (``.onnx``), OpenVINO (``.xml``) or Torch file (``.pt``; as for
-            Anomalib's ``TorchInferencer`` the environment must say ``TRUST_REMOTE_CODE=1``); or a model in memory.
+            Anomalib's ``TorchInferencer`` the environment must say ``TRUST_REMOTE_CODE=1``); or a model in memory,
+            which then is on the device and in eval mode.
         model: Class or name of the model where a checkpoint does not say it, as those of Anomalib's own models.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:N"``; for OpenVINO its own names, as ``"gpu"``.
         batch_size: The most frames of one size that the network sees at once.
         white_level: The value that is white in frames and files of more than 8 bits, e.g. 4095 for 12 bits.
-        min_area: Least number of pixels of a defect: smaller ones are removed from the mask, and a frame without others
-            is normal.
+        min_area: Least number of pixels of a defect. With it, smaller regions are dropped from the mask, and a frame is
+            anomalous only if its score says so and a defect is left.
         pixel_size: Width and height of a frame's pixel in millimetres, for areas in square millimetres.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ModuleNotFoundError: If what runs it is not installed; the message says what to install.
-        ValueError: If its format is unknown, an argument is out of range, or the device is not there.
+        ValueError: If its format is unknown, an argument is out of range, the device is not there, or there is a
+            ``min_area`` but no mask.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Inspector:
         self._lock = Lock()
         height, width = self._graph.runtime.image_size or SIZE
         warm = self.predict(np.zeros((height, width, 3), np.uint8))
+        require("min_area", min_area, min_area == 0 or warm.pred_mask is not None, "0 where there is no mask")
         if warm.pred_label is not None and self._graph.image.kind == "none" and self._graph.image.threshold is None:
             logger.warning("No validation run has set a threshold: all frames are labelled normal.")
 
@@ -126,27 +129,26 @@ class Inspector:
         """
         if not isinstance(frames, list | tuple):
             return self.predict([frames])[0]
-        images = [image_of(frame, self.white_level) for frame in frames]
         by_size = defaultdict(list)
-        for index, image in enumerate(images):
-            by_size[image.shape[-2:]].append(index)
+        for index, frame in enumerate(frames):
+            by_size[size_of(frame)].append(index)
         found: dict[int, Inspection] = {}
         with self._lock:
-            for indices in by_size.values():
+            for size, indices in by_size.items():
                 for start in range(0, len(indices), self._batch_size):
                     part = indices[start : start + self._batch_size]
-                    found |= zip(part, self._inspect([images[index] for index in part]), strict=True)
-        return [found[index] for index in range(len(images))]
+                    found |= zip(part, self._inspect([frames[index] for index in part], size), strict=True)
+        return [found[index] for index in range(len(frames))]
 
-    def _inspect(self, images: Sequence[torch.Tensor]) -> Iterator[Inspection]:
-        """Inspect images (3, H, W) of one size, no more than a batch."""
-        batch, size = torch.stack(list(images)), tuple(images[0].shape[-2:])
+    def _inspect(self, frames: Sequence[Frame], size: tuple[int, int]) -> Iterator[Inspection]:
+        """Inspect frames of one size, no more than a batch."""
+        batch = torch.stack([image_of(frame, self.white_level) for frame in frames])
         if self._graph.runtime.image_size is not None:
             batch = resize(batch, list(self._graph.runtime.image_size), antialias=True)
         if self._graph.runtime.batch_size is not None:  # the last image again, until there are enough
             batch = torch.cat([batch, batch[-1:].expand(self._batch_size - len(batch), -1, -1, -1)])
         outputs = self._graph.runtime(batch.numpy())
-        for index in range(len(images)):
+        for index in range(len(frames)):
             yield self._inspection({name: values[index] for name, values in outputs.items()}, size)
 
     def _inspection(self, outputs: Outputs, size: tuple[int, int]) -> Inspection:
@@ -158,10 +160,9 @@ class Inspector:
         defects: tuple[Defect, ...] = ()
         if mask is not None:
             regions = find_regions(mask, scores, self.min_area, self.pixel_size)
-            defects, is_kept = tuple(regions.defects), regions.labels > 0
-            if label is not None and mask.any() and not defects:
-                label = False
-            mask = is_kept
+            defects, mask = tuple(regions.defects), regions.labels > 0
+            if self.min_area and label is not None:  # as in records
+                label = label and bool(defects)
         return Inspection(score, _known(raw), label, anomaly_map, mask, defects, graph.explanation(outputs))
 
 

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "metadata.json"
 ANY = "any"  # size of an axis
+LARGEST = 1 - 2.0**-25  # the least that float32 rounds to 1
 
 PRE_PROCESSING = (
     "Give RGB (not BGR) in the order N x 3 x H x W as float32 in [0, 1]: 8-bit values divided by 255, values of more "
@@ -88,6 +89,7 @@ class Normalization:
         if self.kind == "min_max":
             z = np.where((y > 0) & (y < 1), y - 0.5, np.nan)
         else:
+            y = np.minimum(y, LARGEST)  # so that no score is infinite
             with np.errstate(divide="ignore"):
                 z = np.where(y < 0.5, 1 - 0.5 / y, 0.5 / (1 - y) - 1)
         return self.center + z * self.scale

@@ -42,6 +42,7 @@ def test_raw_scores_are_as_exact_as_is_said() -> None:
     error = np.abs(found.raw(normalized(post_processor, raw)) - raw.numpy())
     bound = 10 * 2e-7 * np.where(z > 0, (1 + np.abs(z)) ** 2, 1 + np.abs(z)) + np.abs(raw.numpy()) * 2e-7
     assert (error <= bound).all()
+    assert np.isfinite(found.raw(np.ones(1, np.float32))).all()  # what rounds to 1
     assert error[z > 1e4].max() > 1  # the bound is not loose: the spacing of float32 is seen far above the threshold
 
 

@@ -276,6 +276,8 @@ def test_int8(
     file = tmp_path / "weights/openvino/model.xml"
     kinds = [operation.get_type_name() for operation in openvino.Core().read_model(file).get_ops()]
     assert "FakeQuantize" in kinds
+    found = Inspector(file).predict(sorted((loco_root / "tray" / "test").glob("*/000.png")))
+    assert all(each.raw_score is not None for each in found)  # metadata.json is beside it
     inferencer = OpenVINOInferencer(file, device="CPU", config=OPENVINO_IN_FLOAT32)
     maps = stack([inferencer.predict(image) for image in images])["anomaly_map"]
     with torch.no_grad():
