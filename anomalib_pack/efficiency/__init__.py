@@ -9,7 +9,7 @@ From the outside in::
     settings.py     what a configuration may say
     measurement.py  all that is measured on one model
     formats.py      what is measured on a model's files: Torch, ONNX, OpenVINO
-    process.py      runs a function in a process of its own
+    inspection.py   latency from a frame of a camera to its defects
     models.py       a model as measured: fresh, from a checkpoint, or fitted where it has a memory bank
     timing.py       timed passes: latency and throughput
     complexity.py   parameters and FLOPs

@@ -18,7 +18,7 @@ from anomalib.models import AnomalibModule
 from sklearn.metrics import roc_auc_score
 
 from anomalib_pack.efficiency.environment import environment
-from anomalib_pack.efficiency.frames import inspection
+from anomalib_pack.efficiency.inspection import inspection
 from anomalib_pack.efficiency.memory import MIB
 from anomalib_pack.efficiency.models import build
 from anomalib_pack.efficiency.settings import Entry, Settings

@@ -11,7 +11,7 @@ import torch
 
 from anomalib_pack.efficiency.complexity import flops, learnable_count, parameter_count, profiler_flops
 from anomalib_pack.efficiency.environment import environment
-from anomalib_pack.efficiency.frames import inspection
+from anomalib_pack.efficiency.inspection import inspection
 from anomalib_pack.efficiency.memory import bank_size, peak_mib, reset_peak
 from anomalib_pack.efficiency.models import build
 from anomalib_pack.efficiency.settings import Entry, Settings
