@@ -142,7 +142,8 @@ class Inspector:
 
     def _inspect(self, frames: Sequence[Frame], size: tuple[int, int]) -> Iterator[Inspection]:
         """Inspect frames of one size, no more than a batch."""
-        batch = torch.stack([image_of(frame, self.white_level) for frame in frames])
+        images = [image_of(frame, self.white_level)[None] for frame in frames]
+        batch = images[0] if len(images) == 1 else torch.cat(images)  # frames are large
         if self._graph.runtime.image_size is not None:
             batch = resize(batch, list(self._graph.runtime.image_size), antialias=True)
         if self._graph.runtime.batch_size is not None:  # the last image again, until there are enough
@@ -158,11 +159,11 @@ class Inspector:
         raw = outputs["raw_score"] if "raw_score" in outputs else graph.image.raw(outputs["pred_score"])
         scores, anomaly_map, mask = graph.maps(outputs, size)
         defects: tuple[Defect, ...] = ()
-        if mask is not None:
+        if mask is not None and mask.any():
             regions = find_regions(mask, scores, self.min_area, self.pixel_size)
             defects, mask = tuple(regions.defects), regions.labels > 0
-            if self.min_area and label is not None:  # as in records
-                label = label and bool(defects)
+        if self.min_area and label is not None:  # as in records
+            label = label and bool(defects)
         return Inspection(score, _known(raw), label, anomaly_map, mask, defects, graph.explanation(outputs))
 
 
