@@ -69,7 +69,7 @@ def as_block(content: Any) -> str:
 
     Example:
         >>> as_block({"name": "</script>"})
-        '{"name":"\u003c/script>"}'
+        '{"name":"\\u003c/script>"}'
     """
     return json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 

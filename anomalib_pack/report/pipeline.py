@@ -71,7 +71,7 @@ class Report(Pipeline):
         except (OSError, ValueError) as error:
             parser.error(str(error))
         images = sum(len(run.images) for run in runs)
-        size = f"{len(content) / MEGABYTE:.1f} MB, {images} images, {len(pictures.files)} pictures"
+        size = f"{len(content) / MEGABYTE:.1f} MB, images: {images}, pictures: {len(pictures.files)}"
         Console().print(f"Report: {out} ({size})", markup=False, soft_wrap=True)
 
     def _setup_runners(self, args: dict) -> list[Runner]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from anomalib_pack.data.image_files import names
+from anomalib_pack.records.rows import PREDICTION_COLUMNS
+from anomalib_pack.records.write_records import STAGES
+from anomalib_pack.sweep.job import RESULTS
+from anomalib_pack.sweep.results import rows_by_job
 
-TESTED, PREDICTED = "test_predictions.csv", "predictions.csv"
+TESTED, PREDICTED = (f"{STAGES[stage]}.csv" for stage in ("test", "predict"))
 METRICS = "test_metrics.json"
-COLUMNS = (
-    *("image_path", "category", "group", "gt_label", "pred_label", "raw_score", "pred_score"),
-    *("raw_threshold", "threshold", "explanation", "picture"),
-)
+METRIC_PREFIXES = ("image_", "pixel_", "mAD")
 CHECKPOINTS = ("weights/lightning/model.ckpt", "weights/model.ckpt")
 WRITTEN_BY = (
     "A test writes it: the models of anomalib_pack by default, others with "
@@ -87,7 +89,9 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """
     found = [run for folder in {each.resolve(): each for each in folders}.values() for run in _read(folder)]
     shown = _names([run.folder.resolve() for run in found])
-    return [run if run.name else Run(**vars(run) | {"name": name}) for run, name in zip(found, shown, strict=True)]
+    named = [run if run.name else replace(run, name=name) for run, name in zip(found, shown, strict=True)]
+    times = Counter(run.name for run in named)
+    return [run if times[run.name] == 1 else replace(run, name=f"{run.name} ({run.folder})") for run in named]
 
 
 def _read(folder: Path) -> Iterator[Run]:
@@ -97,6 +101,9 @@ def _read(folder: Path) -> Iterator[Run]:
             "of a sweep."
         )
         raise FileNotFoundError(msg)
+    if (folder / RESULTS).is_file():
+        yield from _read_sweep(folder)
+        return
     records = next((folder / name for name in (TESTED, PREDICTED) if (folder / name).is_file()), None)
     if records is None:
         inside = sorted(path.parent for path in folder.glob(f"*/{TESTED}"))
@@ -104,6 +111,21 @@ def _read(folder: Path) -> Iterator[Run]:
         msg = f"{folder} is no run: it has no {TESTED}. {remedy}"
         raise FileNotFoundError(msg)
     yield read_run(records)
+
+
+def _read_sweep(folder: Path) -> Iterator[Run]:
+    """The jobs whose records the sweep has kept; metrics are in its results where they are not beside the records."""
+    kept = {job: folder / "predictions" / job / TESTED for job in rows_by_job(folder / RESULTS)}
+    kept = {job: records for job, records in kept.items() if records.is_file()}
+    if not kept:
+        msg = f"The sweep {folder} has no predictions/<job>/{TESTED}: no job has ended well. Run it again."
+        raise FileNotFoundError(msg)
+    for job, row in rows_by_job(folder / RESULTS).items():
+        if job in kept:
+            place = f"{row['dataset']} {row['row']}".strip()
+            run = read_run(kept[job], f"{row['model']}, {place}, seed {row['seed']}")
+            metrics = {name: float(value) for name, value in row.items() if value and name.startswith(METRIC_PREFIXES)}
+            yield run if run.metrics else replace(run, metrics=metrics)
 
 
 def read_run(records: Path, name: str = "") -> Run:
@@ -137,7 +159,7 @@ def read_run(records: Path, name: str = "") -> Run:
 def _rows(records: Path) -> Iterator[dict[str, str]]:
     with records.open(newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.DictReader(file)
-        missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+        missing = [column for column in PREDICTION_COLUMNS if column not in (reader.fieldnames or ())]
         if missing:
             msg = f"{records} is no file of records: it has no column {', '.join(missing)}. {WRITTEN_BY}"
             raise ValueError(msg)

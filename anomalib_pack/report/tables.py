@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from anomalib_pack.report.runs import Run
+from anomalib_pack.report.runs import METRIC_PREFIXES, Run
 
 ALL, MEAN = "all images", "mean"  # the second as GroupEvaluator calls it: the mean over groups
-RISING = ("image_", "pixel_", "mAD")  # beginnings of metrics that are better the higher they are
 
 
 @dataclass(frozen=True)
@@ -62,4 +61,4 @@ def _lines(by_run: dict[str, dict[str, float]], metrics: Sequence[str]) -> Itera
 
 
 def _is_best(name: str, row: dict[str, float], best: dict[str, float], runs: int) -> bool:
-    return runs > 1 and name.startswith(RISING) and row.get(name) == best[name]
+    return runs > 1 and name.startswith(METRIC_PREFIXES) and row.get(name) == best[name]

@@ -94,13 +94,19 @@
       const lowest = this.scores[0] ?? 0;
       const highest = this.scores.at(-1) ?? 1;
       this.extent = highest - lowest || 1;
+      // Some models call a score that equals the threshold anomalous.
+      this.inclusive = this.raw.some((score, i) => score === this.rawThreshold && score !== null && this.predicted[i] === 1);
       // A decision that the recorded score does not explain, e.g. specks dropped by min_area, stays what it was.
       this.fixed = this.raw.map((score, i) => {
-        if (this.rawThreshold === null || score === null || this.predicted[i] === null) return null;
-        return this.predicted[i] === Number(score > this.rawThreshold) ? null : this.predicted[i];
+        const known = this.rawThreshold !== null && score !== null && this.predicted[i] !== null;
+        const isNear = known && Math.abs(score - this.rawThreshold) < 1e-6 * this.extent;
+        if (!known || isNear || this.predicted[i] === Number(this.isAbove(score, this.rawThreshold))) return null;
+        return this.predicted[i];
       });
       this.fixedCount = this.fixed.filter((value) => value !== null).length;
-      this.initial = this.rawThreshold ?? (lowest + highest) / 2;
+      // Decisions without a threshold: it was beyond all scores.
+      const unknown = this.predicted.includes(0) ? highest + 0.02 * this.extent : (lowest + highest) / 2;
+      this.initial = this.rawThreshold ?? unknown;
       this.raised = this.initial;
       [this.low, this.high] = this.domain(lowest, highest);
       this.normalisation = this.knots();
@@ -133,10 +139,14 @@
       return y0 + ((y1 - y0) * (raw - x0)) / (x1 - x0);
     }
 
+    isAbove(score, threshold) {
+      return this.inclusive ? score >= threshold : score > threshold;
+    }
+
     outcome(i) {
       const { raw, label, fixed } = this;
       if (raw[i] === null) return "unscored";
-      const flagged = fixed[i] === null ? raw[i] > this.raised : fixed[i] === 1;
+      const flagged = fixed[i] === null ? this.isAbove(raw[i], this.raised) : fixed[i] === 1;
       if (label[i] === null) return flagged ? "flagged" : "clear";
       if (label[i]) return flagged ? "found" : "missed";
       return flagged ? "alarm" : "passed";
@@ -219,8 +229,8 @@
       this.reset = reset;
       const settings = [make("label", {}, make("span", { textContent: "Raw threshold" }), this.input), this.scale];
       for (const [text, title, target] of [
-        ["No misses", "The highest threshold that misses nothing of what is counted", () => this.belowAnomalous()],
-        ["No false alarms", "The lowest threshold without a false alarm among what is counted", () => this.topNormal()],
+        ["No misses", "The highest threshold that misses nothing of what is counted here", () => this.belowAnomalous()],
+        ["No false alarms", "The lowest threshold without a false alarm among what is counted here", () => this.aboveNormal()],
       ]) {
         const button = make("button", { type: "button", textContent: text, title });
         button.addEventListener("click", () => this.raise(target() ?? run.raised));
@@ -234,7 +244,7 @@
       const folder = make("p", { className: "hint folder", textContent: run.folder });
       const parts = [folder, this.figures, make("div", { className: "columns" }, chart, this.breakdown)];
       if (runs.length > 1) parts.unshift(make("h3", { textContent: run.name }));
-      if (run.rawThreshold === null) parts.push(note("This run has no threshold; the slider starts in the middle."));
+      if (run.rawThreshold === null) parts.push(note("This run recorded no threshold that is a number."));
       if (run.fixedCount) {
         const what = run.fixedCount === 1 ? "1 image has a label" : `${count(run.fixedCount)} images have labels`;
         parts.push(note(`${what} that the score alone does not explain, e.g. by min_area; the slider leaves them.`));
@@ -286,19 +296,19 @@
       return this.indices.filter((i) => run.label[i] === label && run.raw[i] !== null && run.fixed[i] === null);
     }
 
-    // Halfway between the lowest score of what is to be found and the next lower one: a score must be above.
+    // Halfway between a score and the next one, so that it does not matter which side the threshold itself is on.
     belowAnomalous() {
       const { run } = this;
       const lowest = Math.min(...this.free(1).map((i) => run.raw[i]));
-      if (!Number.isFinite(lowest)) return null;
-      const lower = run.scores.filter((score) => score < lowest).at(-1) ?? lowest - 0.01 * run.extent;
-      return Number(((lowest + lower) / 2).toPrecision(9));
+      const next = run.scores.filter((score) => score < lowest).at(-1) ?? lowest - 0.02 * run.extent;
+      return Number.isFinite(lowest) ? (lowest + next) / 2 : null;
     }
 
-    topNormal() {
+    aboveNormal() {
       const { run } = this;
       const highest = Math.max(...this.free(0).map((i) => run.raw[i]));
-      return Number.isFinite(highest) ? highest : null;
+      const next = run.scores.find((score) => score > highest) ?? highest + 0.02 * run.extent;
+      return Number.isFinite(highest) ? (highest + next) / 2 : null;
     }
 
     raise(value) {
