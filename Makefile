@@ -11,8 +11,10 @@ OLDEST := .venv-oldest
 
 demo: $(READY)
 	$(BIN)/anomalib train --config configs/demo.yaml
+	$(BIN)/anomalib report results/Ulsad/SyntheticLoco/tray/latest
 	@echo
 	@echo "Heat maps: results/Ulsad/SyntheticLoco/tray/latest/images/test/ (folders good, logical_anomalies, structural_anomalies)"
+	@echo "Open in a browser: $(CURDIR)/results/Ulsad/SyntheticLoco/tray/latest/report.html"
 
 # Two processes with one thread each: most tests start programs that import for seconds, which threads do not speed up.
 # Whole files go to a process, because their tests share costly fixtures.

@@ -48,6 +48,7 @@ A map, from the outside in::
     tables.py           tables as plain text
     efficiency/         `anomalib efficiency`: latency, throughput, parameters, FLOPs, memory
     sweep/              `anomalib sweep`: many models, data sets and seeds
+    report/             `anomalib report`: one HTML file of runs, with a threshold that can be moved
 
 A method package (`anomalib_ulsad`, ...) uses these; nothing here knows a method. Import from the modules: this file
 runs whenever Python starts, so it imports nothing else. `anomalib_pack.Inspector` is imported when it is asked for.

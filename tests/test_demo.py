@@ -13,7 +13,7 @@ SMALL = {"trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1}
 SMALL |= {"data.num_train": 4, "data.num_val": 2, "data.num_test": 2}
 
 
-def test_the_demo_names_the_folders_of_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_names_its_pictures_and_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = subprocess.run(
         ["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout  # fmt: skip
@@ -27,3 +27,8 @@ def test_the_demo_names_the_folders_of_its_pictures(tmp_path: Path, monkeypatch:
     for picture in pictures:
         with Image.open(picture) as image:
             image.verify()
+
+    AnomalibCLI(["report", re.search(r"anomalib report (\S+)", commands)[1]])
+    report = Path(re.search(r'echo "Open in a browser: (\S+)"', commands)[1]).relative_to(ROOT)
+    assert all(f"{picture.parent.name}/{picture.name}" in report.read_text() for picture in pictures)
+    assert report.read_text().count('"UklGR') == len(pictures)  # WebP in base 64

@@ -94,7 +94,8 @@ def choose(page: WebDriver, name: str, text: str) -> None:
 
 
 def press(page: WebDriver, text: str) -> None:
-    (button,) = (each for each in page.find_elements(By.CSS_SELECTOR, "button:not(.item)") if each.text.startswith(text))
+    buttons = page.find_elements(By.CSS_SELECTOR, "button:not(.item)")
+    (button,) = (each for each in buttons if each.text.startswith(text))
     button.click()
 
 

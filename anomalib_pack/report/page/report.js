@@ -90,7 +90,7 @@
     constructor(data, index) {
       Object.assign(this, data, { index });
       this.size = this.path.length;
-      this.scores = this.raw.filter((score) => score !== null).sort((a, b) => a - b);
+      this.scores = this.scoresOf(() => true);
       const lowest = this.scores[0] ?? 0;
       const highest = this.scores.at(-1) ?? 1;
       this.extent = highest - lowest || 1;
@@ -112,14 +112,21 @@
       this.normalisation = this.knots();
     }
 
-    // Where the histogram begins and ends: single scores far away from all others would leave no room for these.
+    // Where the histogram begins and ends. A third of it at least is for the scores of normal images and the threshold,
+    // which anomalies can be many times as far away from; what is beyond is counted at the end.
     domain(lowest, highest) {
-      const at = (part) => this.scores[Math.round(part * (this.scores.length - 1))] ?? 0;
-      const width = at(0.95) - at(0.05) || this.extent;
-      let low = Math.min(Math.max(lowest, at(0.05) - 1.5 * width), this.initial);
-      let high = Math.max(Math.min(highest, at(0.95) + 1.5 * width), this.initial);
+      const normal = this.scoresOf(this.label.includes(0) ? (label) => label === 0 : () => true);
+      const at = (scores, part) => scores[Math.round(part * (scores.length - 1))] ?? this.initial;
+      const spread = at(this.scores, 0.95) - at(this.scores, 0.05);
+      const low = Math.min(Math.max(lowest, at(this.scores, 0.05) - 1.5 * spread), this.initial);
+      const needed = Math.max(at(normal, 0.98), this.initial) - low;
+      const high = Math.max(Math.min(highest, low + 3 * needed), this.initial);
       const margin = 0.02 * (high - low || 1);
       return [low - margin, high + margin];
+    }
+
+    scoresOf(chosen) {
+      return this.raw.filter((score, i) => score !== null && chosen(this.label[i])).sort((a, b) => a - b);
     }
 
     // Pairs of raw and normalised scores, between which the normalised threshold is interpolated.
@@ -212,6 +219,7 @@
       this.input = make("input", { type: "number", step: "any", "aria-label": `Raw threshold of ${run.name}` });
       this.scale = make("span", { className: "scale" });
       this.command = make("code", { tabIndex: 0 });
+      this.most = [make("span"), make("span")]; // of each kind, in the highest bar
       this.breakdown = make("div", { className: "breakdown", tabIndex: 0 });
       this.element = make("article", { className: "card panel" }, ...this.parts());
       this.slider.addEventListener("input", () => this.raise(this.valueAt(Number(this.slider.value))));
@@ -227,19 +235,21 @@
       const reset = make("button", { type: "button", textContent: "Reset" });
       reset.addEventListener("click", () => this.raise(run.initial));
       this.reset = reset;
-      const settings = [make("label", {}, make("span", { textContent: "Raw threshold" }), this.input), this.scale];
+      const label = make("label", {}, make("span", { textContent: "Raw threshold" }), this.input);
+      const buttons = make("div", { className: "buttons" });
       for (const [text, title, target] of [
         ["No misses", "The highest threshold that misses nothing of what is counted here", () => this.belowAnomalous()],
         ["No false alarms", "The lowest threshold without a false alarm among what is counted here", () => this.aboveNormal()],
       ]) {
         const button = make("button", { type: "button", textContent: text, title });
         button.addEventListener("click", () => this.raise(target() ?? run.raised));
-        settings.push(button);
+        buttons.append(button);
       }
+      buttons.append(reset);
       const copy = make("button", { type: "button", textContent: "Copy" });
       copy.addEventListener("click", () => this.copy(copy));
       const chart = make(
-        "div", {}, legendOf(run), this.histogram, this.slider, make("div", { className: "settings" }, ...settings, reset),
+        "div", {}, legendOf(run, this.most), this.histogram, this.slider, make("div", { className: "settings" }, label, this.scale, buttons),
       );
       const folder = make("p", { className: "hint folder", textContent: run.folder });
       const parts = [folder, this.figures, make("div", { className: "columns" }, chart, this.breakdown)];
@@ -379,36 +389,48 @@
       this.width = width;
       const height = 2 * half + foot;
       this.histogram.setAttribute("viewBox", `0 0 ${width} ${height}`);
-      const bins = { 0: new Array(BINS).fill(0), 1: new Array(BINS).fill(0) };
-      for (const i of this.indices) {
-        if (run.raw[i] === null) continue;
-        const bin = between(0, Math.floor((BINS * (run.raw[i] - run.low)) / (run.high - run.low)), BINS - 1);
-        bins[run.label[i] ?? 0][bin] += 1;
-      }
+      const { bins, beyond } = this.bins();
+      const most = [0, 1].map((label) => Math.max(1, ...bins[label].slice(0, beyond ? -1 : undefined)));
       const right = `right-${run.index}`;
       const left = `left-${run.index}`;
       this.clips = [draw("rect", { x: 0, y: 0, height }), draw("rect", { x: 0, y: 0, height })];
       this.line = draw("line", { class: "threshold", y1: 0, y2: 2 * half });
       const x = this.xOf(run.initial);
-      const parts = [
+      const last = beyond ? textAt(`${count(beyond)} above ${short(run.high)}`, width, height - 6, "end") : "";
+      const end = beyond ? width - 100 : width;
+      this.histogram.replaceChildren(
         draw("clipPath", { id: right }, this.clips[0]),
         draw("clipPath", { id: left }, this.clips[1]),
         ...[["normal", 0, null], ["alarm", 0, right], ["anomalous", 1, null], ["missed", 1, left]].map(
           ([name, label, clip]) => draw("path", {
             class: `bars ${name}`,
-            d: barsOf(bins[label], width, half, label ? 1 : -1),
+            d: barsOf(bins[label], most[label], width, half, label ? 1 : -1),
             ...(clip ? { "clip-path": `url(#${clip})` } : {}),
           }),
         ),
         draw("line", { class: "axis", x1: 0, x2: width, y1: half, y2: half }),
         draw("line", { class: "recorded", x1: x, x2: x, y1: 0, y2: 2 * half }),
         this.line,
-        ...ticks(run.low, run.high, Math.max(4, Math.floor(width / 80))).map((tick) =>
-          textAt(short(tick), between(14, this.xOf(tick), width - 14), height - 6, "middle")),
-        textAt(`highest bar: ${count(Math.max(...bins[0]))}`, width, 12, "end"),
-        textAt(`highest bar: ${count(Math.max(...bins[1]))}`, width, 2 * half - 4, "end"),
-      ];
-      this.histogram.replaceChildren(...parts);
+        ...ticks(run.low, run.high, Math.max(4, Math.floor(width / 80)))
+          .filter((tick) => this.xOf(tick) < end)
+          .map((tick) => textAt(short(tick), between(14, this.xOf(tick), width - 14), height - 6, "middle")),
+        last,
+      );
+      this.most.forEach((element, label) => { element.textContent = ` (highest bar: ${count(most[label])})`; });
+    }
+
+    // Numbers of normal and of anomalous images in each bin, and how many are beyond the last one, which has them too.
+    bins() {
+      const { run } = this;
+      const bins = { 0: new Array(BINS).fill(0), 1: new Array(BINS).fill(0) };
+      let beyond = 0;
+      for (const i of this.indices) {
+        if (run.raw[i] === null) continue;
+        const bin = Math.floor((BINS * (run.raw[i] - run.low)) / (run.high - run.low));
+        bins[run.label[i] ?? 0][between(0, bin, BINS - 1)] += 1;
+        beyond += bin >= BINS;
+      }
+      return { bins, beyond };
     }
 
     xOf(value) {
@@ -445,15 +467,15 @@
     return make("td", { className, textContent: value === null ? "" : count(value) });
   }
 
-  function legendOf(run) {
+  function legendOf(run, most) {
     const known = run.label.some((label) => label !== null);
     const entries = known
-      ? [["normal", "normal, above the line"], ["anomalous", "anomalous, below"], ["alarm", "false alarms"], ["missed", "missed"]]
-      : [["normal", "labels unknown"], ["alarm", "called anomalous"]];
-    return make("ul", { className: "legend" }, ...entries.map(([name, text]) => make(
+      ? [["normal", "normal, above", most[0]], ["anomalous", "anomalous, below", most[1]], ["alarm", "false alarms"], ["missed", "missed"]]
+      : [["normal", "labels unknown", most[0]], ["alarm", "called anomalous"]];
+    return make("ul", { className: "legend" }, ...entries.map(([name, text, after = ""]) => make(
       "li", {},
       draw("svg", { width: 12, height: 12, "aria-hidden": "true" }, draw("rect", { class: `bars ${name}`, width: 12, height: 12, rx: 3 })),
-      text,
+      make("span", {}, text, after),
     )));
   }
 
@@ -484,12 +506,11 @@
     return Object.keys(OUTCOMES).filter((key) => counts[key]).map((key) => `${counts[key]} ${OUTCOMES[key].toLowerCase()}`).join(", ");
   }
 
-  function barsOf(bins, width, half, direction) {
-    const most = Math.max(...bins, 1);
+  function barsOf(bins, most, width, half, direction) {
     const step = width / bins.length;
     return bins.map((number, i) => {
       if (!number) return "";
-      const height = Math.max(2, ((half - 8) * number) / most);
+      const height = between(2, ((half - 8) * number) / most, half - 2);
       const [x, w] = [i * step + 0.5, Math.max(1, step - 1)];
       return `M${x.toFixed(1)} ${half}h${w.toFixed(1)}v${(direction * height).toFixed(1)}h${(-w).toFixed(1)}z`;
     }).join("");
