@@ -7,7 +7,7 @@ From the outside in::
     interest.py     which images matter most
     pictures.py     pictures small enough to lie in the page, as many as fit
     document.py     the page: template, style and script, and the data in it
-    page/           template, style and script; in the browser everything is drawn from the data
+    page/           template, style and script, which draws everything but the metrics in the browser
 """
 
 from anomalib_pack.report.pipeline import Report

@@ -22,6 +22,7 @@ from anomalib_pack.report.tables import metric_table
 
 MEGABYTE = 10**6
 NAMED = 3  # runs in the title
+SCRIPT = ("theme", "helpers", "run", "state", "histogram", "panel", "curves", "gallery", "viewer", "start")
 
 
 def make_document(runs: Sequence[Run], pictures: Pictures, limits: Limits) -> str:
@@ -53,6 +54,12 @@ def make_document(runs: Sequence[Run], pictures: Pictures, limits: Limits) -> st
         data=as_block([_content(run, of_run) for run, of_run in zip(runs, pictures.of_images, strict=True)]),
         picture_data=as_block(pictures.files),
     )
+
+
+def _script(page: Environment) -> str:
+    """All files of the script, in a function, so that their names are nobody else's."""
+    parts = [_text(page, f"script/{name}.js") for name in SCRIPT]
+    return "\n".join(['"use strict";', "(() => {", *parts, "})();"])
 
 
 def _text(page: Environment, name: str) -> str:
