@@ -209,14 +209,14 @@ function breakdownOf(run, indices) {
 
 function breakdownRow(run, name, indices) {
   const counts = run.counts(indices);
-  const cell = (value, kind, exists) =>
-    make("td", { className: value ? `number bad ${kind}` : "number", textContent: exists ? count(value) : "" });
+  const mistakes = (value, kind, of) =>
+    make("td", { className: value ? `number bad ${kind}` : "number", textContent: of ? count(value) : "" });
   return make(
     "tr",
     {},
     make("th", { scope: "row", textContent: name }),
-    cell(indices.length, "", true),
-    cell(counts.missed, "missed", counts.missed + counts.found),
-    cell(counts.alarm, "alarm", counts.alarm + counts.passed),
+    make("td", { className: "number", textContent: count(indices.length) }),
+    mistakes(counts.missed, "missed", counts.missed + counts.found),
+    mistakes(counts.alarm, "alarm", counts.alarm + counts.passed),
   );
 }
