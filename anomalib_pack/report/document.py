@@ -34,9 +34,7 @@ def make_document(runs: Sequence[Run], pictures: Pictures, limits: Limits) -> st
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style, script = (
-        "\n".join(page.loader.get_source(page, name)[0].splitlines()) for name in ("report.css", "report.js")
-    )
+    style, script = _text(page, "report.css"), _script(page)
     metrics, blocks = metric_table(runs)
     return page.get_template("report.html").render(
         policy=_policy(style, script),
