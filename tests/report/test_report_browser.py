@@ -27,7 +27,7 @@ from anomalib_pack.report.pictures import Limits, Pictures, make_pictures
 from anomalib_pack.report.runs import Image, Run, read_runs
 
 LIMITS = Limits(number=2000, height=128, worst=50, size=50_000_000)
-# Several times what it takes on two busy cores: 0.02 s.
+# Of the slider, until counts and layout have followed: some hundred times what it takes on two busy cores.
 MOVE_SECONDS = 0.5
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1200,900")
 
