@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 import traceback
@@ -15,10 +16,12 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any
 
+import torch
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 
 from anomalib_pack.callbacks import SeedEverything
+from anomalib_pack.efficiency.environment import library_versions
 from anomalib_pack.post_processing import RankPreservingPostProcessor
 from anomalib_pack.progress import ProgressLines
 from anomalib_pack.resuming import KeepTraining
@@ -31,7 +34,7 @@ STDOUT, STDERR = 1, 2
 
 
 def run_or_error(experiment: Experiment, log: Path) -> dict[str, Any]:
-    """Run an experiment; if it fails, return the `error` in one line, and leave its traceback in the log.
+    """Run an experiment and say where; if it fails, return the `error` in one line, with its traceback in the log.
 
     Args:
         experiment: What to run.
@@ -40,11 +43,16 @@ def run_or_error(experiment: Experiment, log: Path) -> dict[str, Any]:
     end_with_parent()
     with _output_to(log):
         try:
-            return run_experiment(experiment)
+            return _place() | run_experiment(experiment)
         except (Exception, SystemExit) as error:  # whatever is wrong with one job, the others run
             with suppress(OSError), log.open("a", encoding="utf-8") as file:  # e.g. on a full disk
                 traceback.print_exc(file=file)
-            return {"error": one_line(error)}
+            return _place() | {"error": one_line(error)}
+
+
+def _place() -> dict[str, Any]:
+    """Machine, threads and versions of this process."""
+    return {"host": socket.gethostname(), "threads": torch.get_num_threads(), **library_versions()}
 
 
 def one_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from anomalib.pipelines.types import PREV_STAGE_RESULT
 from anomalib.utils.config import flatten_dict
 from tqdm import tqdm
 
-from anomalib_pack.efficiency.environment import library_versions
+from anomalib_pack.files import replace_file
 from anomalib_pack.process import in_own_process
 from anomalib_pack.sweep.experiment import end_with_parent, one_line, run_or_error
 from anomalib_pack.sweep.results import write_row
@@ -53,24 +53,42 @@ class SweepJob(Job):
         """
         tqdm.write(f"[{self.place}] {self.experiment.title}")  # beside the runner's bar
         start = time.perf_counter()
-        log = self.folder / LOGS / f"{self.experiment.key}.log"
         end_with_parent()
         try:
             with one_gpu(task_id):
-                results = in_own_process(run_or_error, self.experiment, log)
+                results = in_own_process(run_or_error, self.experiment, self._log)
         except Exception as error:  # the process was killed, or its result cannot be passed on
             results = {"error": one_line(error)}
+        row = self.record(results)
+        outcome = "failed" if row["error"] else "done"
+        tqdm.write(f"[{self.place}] {outcome} after {time.perf_counter() - start:.0f} s")
+        return row
+
+    def record(self, results: dict[str, Any], log: bytes | None = None) -> dict[str, Any]:
+        """Write what a job that ran somewhere has returned.
+
+        Args:
+            results: What is measured, or the `error`.
+            log: Its output; None if the job has written it itself.
+
+        Returns:
+            The row.
+        """
         row = self._description() | results
         try:
+            if log is not None:
+                replace_file(self._log, log)
             write_row(row, self.folder / RESULTS)
         except OSError as error:  # e.g. a full disk; without its row the job runs again when the sweep is resumed
             row["error"] = one_line(error)
             again = f"anomalib sweep --config {self.folder / 'config.yaml'} --resume {self.folder}"
             again = again if self.experiment.measures is None else "the same command"
             tqdm.write(f"[{self.place}] {error.strerror} Resume with {again}. What is not in it: {results}")
-        outcome = "failed" if row["error"] else "done"
-        tqdm.write(f"[{self.place}] {outcome} after {time.perf_counter() - start:.0f} s")
         return row
+
+    @property
+    def _log(self) -> Path:
+        return self.folder / LOGS / f"{self.experiment.key}.log"
 
     def _description(self) -> dict[str, Any]:
         experiment = self.experiment
@@ -81,7 +99,6 @@ class SweepJob(Job):
             **names,
             "error": "",
             **flatten_dict(experiment.config),
-            **library_versions(),
             **asked,
         }
 
@@ -99,10 +116,10 @@ class SweepJobGenerator(JobGenerator):
     """Makes the jobs of a runner; nothing is built before a job runs.
 
     Args:
-        accelerator: ``"cpu"`` or ``"cuda"``.
+        accelerator: ``"cpu"`` or ``"cuda"``; None takes the jobs of both.
     """
 
-    def __init__(self, accelerator: str) -> None:
+    def __init__(self, accelerator: str | None = None) -> None:
         self.accelerator = accelerator
 
     @property
@@ -111,7 +128,7 @@ class SweepJobGenerator(JobGenerator):
         return SweepJob
 
     def generate_jobs(self, args: dict[str, Any], _prev_stage_result: PREV_STAGE_RESULT = None) -> list[SweepJob]:
-        """List the jobs for the accelerator.
+        """List the jobs.
 
         Args:
             args: `experiments` and `folder`.
@@ -119,7 +136,7 @@ class SweepJobGenerator(JobGenerator):
         Returns:
             A list, so that the runner's bar knows how many there are.
         """
-        experiments = [each for each in args["experiments"] if each.accelerator == self.accelerator]
+        experiments = [each for each in args["experiments"] if self.accelerator in (None, each.accelerator)]
         return [
             SweepJob(experiment, args["folder"], f"{position}/{len(experiments)}")
             for position, experiment in enumerate(experiments, start=1)

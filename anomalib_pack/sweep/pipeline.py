@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from textwrap import shorten
@@ -14,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from anomalib_pack.files import replace_file
+from anomalib_pack.sweep.cluster import RayRunner
 from anomalib_pack.sweep.job import LOGS, RESULTS, SweepJobGenerator
 from anomalib_pack.sweep.papers import command as papers
 from anomalib_pack.sweep.papers.files import is_table, locate
@@ -49,6 +52,17 @@ class Sweep(Benchmark):
                 help="Folder of the runs that tables of papers read; each is run once, whichever table asks first.",
             )
             parser.add_argument(
+                "--runner",
+                choices=["local", "ray"],
+                default="local",
+                help="Who runs the jobs: this machine one after another, one on each GPU; or Ray (the extra ray).",
+            )
+            parser.add_argument(
+                "--ray.address",
+                type=str | None,
+                help="Address of a cluster of Ray, or auto for that of this machine. By default Ray starts here.",
+            )
+            parser.add_argument(
                 "--dry_run",
                 action="store_true",
                 help="Check all and build models without weights or memory; run nothing.",
@@ -70,54 +84,38 @@ class Sweep(Benchmark):
         """
         parser = self.get_parser()
         args = parser.parse_args() if args is None else args
-        try:
-            path = locate(args.config)
-            config, content = "", None
-            if not path.is_dir():
-                config = path.read_text(encoding="utf-8")
-                with path.open(encoding="utf-8") as file:  # whose name is in YAML's errors
-                    content = yaml.safe_load(file)
-            of_papers = path.is_dir() or is_table(content)
-            plan = papers.read_plan(path) if of_papers else read_plan(content)
-            if not (of_papers or args.dry_run or args.list):
-                _check_devices(plan.accelerators)
-            folder = args.store if of_papers else _folder(args.resume)
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            parser.error(str(error))
-
-        if args.list:
-            list_jobs(plan.experiments, rows_by_job(folder / RESULTS))
-        elif args.dry_run:
+        with ExitStack() as stack:
             try:
-                rehearse(plan.experiments)
-            except ValueError as error:
-                parser.error(str(error))
-        elif of_papers:
-            self._run_papers(plan, folder)
-        else:
-            try:
+                of_papers, plan, config = _read(args)
+                folder = args.store if of_papers else _folder(args.resume)
+                if args.list:
+                    list_jobs(plan.experiments, rows_by_job(folder / RESULTS))
+                    return
+                if args.dry_run:
+                    rehearse(plan.experiments)
+                    return
+                run_jobs = self._run_jobs
+                if args.runner == "ray":
+                    cluster = stack.enter_context(RayRunner(args.ray.address))
+                    plan = replace(plan, experiments=_on(cluster.accelerator, plan)) if of_papers else plan
+                    cluster.check(plan.experiments)
+                    run_jobs = cluster.run_jobs
+                elif not of_papers:
+                    _check_devices(plan.accelerators)
                 (folder / LOGS).mkdir(parents=True, exist_ok=True)
-                replace_file(folder / CONFIG, config.encode())
-            except OSError as error:  # e.g. a full disk
+                if not of_papers:
+                    replace_file(folder / CONFIG, config.encode())
+            except (OSError, ValueError, yaml.YAMLError) as error:
                 parser.error(str(error))
-            self._run_sweep(plan, folder)
-
-    def _run_papers(self, plan: papers.Plan, store: Path) -> None:
-        def run(experiments: list[Experiment]) -> None:
-            for runner in self._setup_runners({"accelerator": sorted({each.accelerator for each in experiments})}):
-                runner.run({"experiments": experiments, "folder": store})
-
-        if papers.run_plan(plan, store, run):
+            failed = (papers.run_plan if of_papers else _run_sweep)(plan, folder, run_jobs)
+        if failed:
             raise SystemExit(1)
 
-    def _run_sweep(self, plan: Plan, folder: Path) -> None:
-        Console().print(f"Results: {folder}", soft_wrap=True)
-        results = rows_by_job(folder / RESULTS)
-        pending = [experiment for experiment in plan.experiments if not is_done(experiment, results)]
-        for runner in self._setup_runners({"accelerator": plan.accelerators}):
-            runner.run({"experiments": pending, "folder": folder})
-        if _report(plan, folder):
-            raise SystemExit(1)
+    def _run_jobs(self, experiments: list[Experiment], folder: Path) -> None:
+        for runner in self._setup_runners(
+            {"accelerator": list(dict.fromkeys(each.accelerator for each in experiments))}
+        ):
+            runner.run({"experiments": experiments, "folder": folder})
 
     @staticmethod
     def _setup_runners(args: dict) -> list[Runner]:
@@ -126,6 +124,39 @@ class Sweep(Benchmark):
         for runner in runners:
             runner.generator = SweepJobGenerator(runner.generator.accelerator)
         return runners
+
+
+def _read(args: Namespace) -> tuple[bool, Plan | papers.Plan, str]:
+    """Read the configuration; return whether it is of papers, what is to be done, and the text of its file.
+
+    Raises:
+        OSError: If a file cannot be read.
+        ValueError: If anything is wrong.
+        yaml.YAMLError: If it is no YAML.
+    """
+    if args.ray.address is not None and args.runner != "ray":
+        msg = "ray.address needs --runner ray."
+        raise ValueError(msg)
+    path = locate(args.config)
+    if path.is_dir():
+        return True, papers.read_plan(path), ""
+    with path.open(encoding="utf-8") as file:  # whose name is in YAML's errors
+        content = yaml.safe_load(file)
+    if is_table(content):
+        return True, papers.read_plan(path), ""
+    return False, read_plan(content), path.read_text(encoding="utf-8")
+
+
+def _on(accelerator: str, plan: papers.Plan) -> list[Experiment]:
+    return [replace(experiment, accelerator=accelerator) for experiment in plan.experiments]
+
+
+def _run_sweep(plan: Plan, folder: Path, run_jobs: papers.RunJobs) -> bool:
+    """Run what is not done, and report; return whether a job failed."""
+    Console().print(f"Results: {folder}", soft_wrap=True)
+    results = rows_by_job(folder / RESULTS)
+    run_jobs([experiment for experiment in plan.experiments if not is_done(experiment, results)], folder)
+    return _report(plan, folder)
 
 
 def _check_devices(accelerators: list[str]) -> None:

@@ -11,16 +11,17 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
-from anomalib_pack.checks import check_keys
+from anomalib_pack.checks import check_keys, require
 from anomalib_pack.sweep.components import check_component, check_trainer, without_defaults
 from anomalib_pack.sweep.grid import differences, expand
 
 KEYS = ["models", "data", "seeds", "trainer", "accelerator", "metrics", "benchmark"]
-MODEL_KEYS = ["class_path", "init_args", "trainer", "data_args", "name", "seeds", "by_data", "tests"]
+MODEL_KEYS = ["class_path", "init_args", "trainer", "data_args", "name", "seeds", "by_data", "tests", "resources"]
 DATA_KEYS = ["class_path", "init_args", "name", "group", "instead", "tests"]
 BY_DATA_KEYS = ["init_args", "trainer", "data_args"]  # of a model's settings for one data set or category
 TEST_KEYS = ["init_args", "data", "group"]
 BENCHMARK_KEYS = ["model", "data", "seed"]  # of a configuration of `anomalib benchmark`
+RESOURCE_KEYS = ["num_cpus", "num_gpus", "memory"]  # of a task of Ray
 ACCELERATORS = ["cpu", "cuda"]  # as in `anomalib benchmark`
 CATEGORY, CATEGORIES = "init_args.category", "init_args.categories"
 METRICS = ["image_AUROC", "pixel_AUROC", "pixel_AUPRO"]
@@ -48,6 +49,7 @@ class Experiment:
         instead: Metrics that stand for others in tables of papers, e.g. AUC-sPRO for AUPRO.
         map_size: At what size maps are compared with masks where metrics are asked for, as ``GroupEvaluator`` has it.
         measures: Metrics of each test by its name, which is empty for the first. None: what the model's evaluator has.
+        resources: What it asks of Ray: `num_cpus`, `num_gpus`, and bytes of `memory`.
     """
 
     model: Config
@@ -63,6 +65,7 @@ class Experiment:
     instead: dict[str, str] = field(default_factory=dict)
     map_size: str = "input"
     measures: dict[str, list[str]] | None = None
+    resources: dict[str, float] = field(default_factory=dict)
 
     @property
     def config(self) -> Config:
@@ -170,6 +173,7 @@ def _experiment(accelerator: str, seed: int, data: Config, model: Config, *, sev
         tests={**data.get("tests", {}), **model.get("tests", {})},
         group=data.get("group", ""),
         instead=data.get("instead", {}),
+        resources=model.get("resources", {}),
     )
 
 
@@ -202,6 +206,7 @@ def _models(given: list[Config], trainer: Config) -> list[Config]:
         where = f"models[{position}]"
         _check_entry(entry, MODEL_KEYS, where)
         _check_mapping(entry.get("trainer", {}), f"{where}.trainer")
+        _check_resources(entry.get("resources", {}), f"{where}.resources")
         _check_nested(entry, "by_data", BY_DATA_KEYS, where)
         _check_nested(entry, "tests", TEST_KEYS, where)
         merged = {"data_args": {}, "by_data": {}, **entry, "trainer": {**trainer, **entry.get("trainer", {})}}
@@ -311,6 +316,20 @@ def _check_entry(entry: Any, allowed: list[str], where: str) -> None:
     if not isinstance(entry.get("class_path"), str | dict):
         msg = f"{where} needs a class_path, got {entry.get('class_path')!r}."
         raise ValueError(msg)  # noqa: TRY004  # likewise
+
+
+def _check_resources(given: Any, where: str) -> None:
+    _check_mapping(given, where)
+    check_keys(given, RESOURCE_KEYS, where)
+    for name, amount in given.items():
+        is_number = isinstance(amount, int | float) and not isinstance(amount, bool)
+        if name == "num_gpus":  # a job trains on one device
+            require(f"{where}.{name}", amount, is_number and 0 < amount <= 1, "in (0, 1]")
+        elif name == "num_cpus":
+            whole = is_number and amount >= 1 and amount == int(amount)
+            require(f"{where}.{name}", amount, whole, "a whole number of at least 1")
+        else:
+            require(f"{where}.{name}", amount, is_number and amount > 0, "a number of bytes above 0")
 
 
 def _check_nested(entry: Config, key: str, allowed: list[str], where: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 from tiny_model import TinyModel
 
@@ -55,3 +56,16 @@ class Scaled(TinyModel):
     def test_step(self, batch, batch_idx):
         self.log_dict({"factor": self.factor, "weight": float(self.model.encode.weight.detach().sum())})
         return super().test_step(batch, batch_idx)
+
+
+class Waiting(TinyModel):
+    """Leaves a file with its process in a folder when its training starts, and waits for a file `go` there."""
+
+    def __init__(self, folder: str):
+        super().__init__()
+        self.folder = Path(folder)
+
+    def on_train_start(self):
+        self.folder.joinpath(str(os.getpid())).touch()
+        while not self.folder.joinpath("go").exists():
+            time.sleep(0.05)

@@ -22,7 +22,7 @@ from anomalib_pack.sweep.settings import Experiment, check_experiments
 
 ERROR_WIDTH = 160
 
-Runner = Callable[[list[Experiment]], None]
+RunJobs = Callable[[list[Experiment], Path], None]
 
 
 @dataclass(frozen=True)
@@ -57,25 +57,24 @@ def read_plan(path: Path) -> Plan:
     return Plan(wanted, runs)
 
 
-def run_plan(plan: Plan, store: Path, runner: Runner) -> bool:
+def run_plan(plan: Plan, store: Path, run_jobs: RunJobs) -> bool:
     """Run what is not done, and print and write the tables.
 
     Args:
         plan: What is to be done.
         store: Folder of all runs.
-        runner: Runs experiments and writes their rows into the store.
+        run_jobs: Runs experiments and writes their rows into the store.
 
     Returns:
         Whether a run failed.
     """
-    (store / LOGS).mkdir(parents=True, exist_ok=True)
     results = rows_by_job(store / RESULTS)
     pending = [run for run in plan.experiments if not is_done(run, results)]
     console = Console()
     console.print(f"{len(plan.experiments)} runs, {len(pending)} of them to do. Store: {store}", soft_wrap=True)
     stopped = None
     try:
-        runner(pending)
+        run_jobs(pending, store)
     except KeyboardInterrupt as stop:  # what there is can be seen
         stopped = stop
     results = rows_by_job(store / RESULTS)
