@@ -47,6 +47,7 @@ A map, from the outside in::
     records/            what a run finds in each image: predictions and defects as tables
     tables.py           tables as plain text
     efficiency/         `anomalib efficiency`: latency, throughput, parameters, FLOPs, memory
+    on_node.py          a job on a node of a cluster
     sweep/              `anomalib sweep`: many models, data sets and seeds
     report/             `anomalib report`: one HTML file of runs, with a threshold that can be moved
 

@@ -24,7 +24,8 @@ class Parcel:
     """A job, and what it needs around it.
 
     Attributes:
-        job: Pickled pair of a function, which takes an argument and the file of its log, and this argument.
+        job: Pickled pair of a function, which takes an argument and a folder for what it writes, and this argument.
+        log: File below this folder that takes all output.
         folder: Working directory, against which paths resolve.
         modules: Where modules are looked for, beside those of the node.
         files: Files and folders that the node must have.
@@ -32,29 +33,30 @@ class Parcel:
     """
 
     job: bytes
+    log: str
     folder: str
     modules: list[str]
     files: list[str]
     threads: int
 
 
-def run_parcel(parcel: Parcel) -> tuple[dict[str, Any], bytes]:
+def run_parcel(parcel: Parcel) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Run a job.
 
     Returns:
-        What the function returns, or its `error` in one line, and the log.
+        What the function returns, or its `error` in one line, and the files that it has written, by their paths.
     """
     try:
         _enter(parcel)
         with TemporaryDirectory() as folder:
-            log = Path(folder, "log")
-            log.touch()
+            Path(folder, parcel.log).parent.mkdir(parents=True, exist_ok=True)
             try:
-                return in_own_process(_open, parcel.job, log), log.read_bytes()
+                results = in_own_process(_open, parcel, Path(folder))
             except Exception as error:  # the process was killed, or its result cannot be passed on
-                return _failed(error), log.read_bytes()
+                results = _failed(error)
+            return results, _files_in(Path(folder))
     except OSError as error:  # a file that is not there, a full disk
-        return _failed(error), str(error).encode()
+        return _failed(error), {parcel.log: str(error).encode()}
 
 
 def _enter(parcel: Parcel) -> None:
@@ -72,12 +74,16 @@ def _enter(parcel: Parcel) -> None:
     sys.path += [path for path in parcel.modules if path not in sys.path]
 
 
-def _open(job: bytes, log: Path) -> dict[str, Any]:
-    with log.open("ab") as file:  # takes what imports have to say, too
+def _open(parcel: Parcel, folder: Path) -> dict[str, Any]:
+    with (folder / parcel.log).open("ab") as file:  # takes what imports have to say, too
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
-    function, argument = pickle.loads(job)
-    return function(argument, log)
+    function, argument = pickle.loads(parcel.job)
+    return function(argument, folder)
+
+
+def _files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def _failed(error: Exception) -> dict[str, Any]:

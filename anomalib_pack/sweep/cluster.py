@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from anomalib_pack.sweep.job import SweepJob, SweepJobGenerator
 from anomalib_pack.sweep.settings import Config, Experiment, fingerprint
 
 NAMES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}  # of resources: of a task, of a node
+
+CONNECT_SECONDS = 20
 
 
 class RayRunner:
@@ -42,8 +45,9 @@ class RayRunner:
             raise ValueError(msg) from error
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         try:
+            _check_port(address)  # Ray would try for minutes
             ray.init(address=address)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:  # also a ConnectionError
             msg = f"There is no cluster of Ray at {address}: {' '.join(str(error).split())}"
             raise ValueError(msg) from error
         self.ray = ray
@@ -83,11 +87,12 @@ class RayRunner:
         for job in SweepJobGenerator().generate_jobs({"experiments": experiments, "folder": folder}):
             files = prepared(job.experiment, data)
             if isinstance(files, str):
-                _record(job, {"error": files}, files.encode())
+                _record(job, {"error": files}, {job.log: files.encode()})
                 continue
             resources = resources_of(job.experiment)
             parcel = Parcel(
                 job=pickle.dumps((run_or_error, job.experiment)),
+                log=job.log,
                 folder=str(Path.cwd()),
                 modules=[str(Path(path).resolve()) for path in sys.path],
                 files=files,
@@ -99,17 +104,23 @@ class RayRunner:
             (done,), _ = self.ray.wait(list(waiting), num_returns=1)
             job = waiting.pop(done)
             try:
-                results, log = self.ray.get(done)
+                results, written = self.ray.get(done)
             except self.ray.exceptions.RayError as error:  # e.g. its nodes died too often
-                results, log = {"error": one_line(error)}, str(error).encode()
-            _record(job, results, log)
+                results, written = {"error": one_line(error)}, {job.log: str(error).encode()}
+            _record(job, results, written)
 
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self.ray.nodes() if node["Alive"]]
 
 
-def _record(job: SweepJob, results: dict[str, Any], log: bytes) -> None:
-    row = job.record(results, log)
+def _check_port(address: str | None) -> None:
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+
+
+def _record(job: SweepJob, results: dict[str, Any], written: dict[str, bytes]) -> None:
+    row = job.record(results, written)
     outcome = "failed" if row["error"] else f"done on {row['host']} in {row['job_duration']:.0f} s"
     tqdm.write(f"[{job.place}] {job.experiment.title}: {outcome}")
 

@@ -20,12 +20,13 @@ import torch
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 
-from anomalib_pack.callbacks import SeedEverything
+from anomalib_pack.callbacks import SeedEverything, WriteRecords
 from anomalib_pack.efficiency.environment import library_versions
 from anomalib_pack.post_processing import RankPreservingPostProcessor
 from anomalib_pack.progress import ProgressLines
 from anomalib_pack.resuming import KeepTraining
 from anomalib_pack.sweep.components import build_component, build_trainer_arguments
+from anomalib_pack.sweep.keeping import LOGS, keep, kept_of
 from anomalib_pack.sweep.metrics import evaluator_of
 from anomalib_pack.sweep.settings import Experiment, model_of_test
 from anomalib_pack.sweep.throughput import Throughput
@@ -33,17 +34,18 @@ from anomalib_pack.sweep.throughput import Throughput
 STDOUT, STDERR = 1, 2
 
 
-def run_or_error(experiment: Experiment, log: Path) -> dict[str, Any]:
+def run_or_error(experiment: Experiment, folder: Path) -> dict[str, Any]:
     """Run an experiment and say where; if it fails, return the `error` in one line, with its traceback in the log.
 
     Args:
         experiment: What to run.
-        log: File that takes all output.
+        folder: Of the sweep; takes all output and what is kept.
     """
     end_with_parent()
+    log = folder / LOGS / f"{experiment.key}.log"
     with _output_to(log):
         try:
-            return _place() | run_experiment(experiment)
+            return _place() | run_experiment(experiment, kept_of(folder, experiment.key))
         except (Exception, SystemExit) as error:  # whatever is wrong with one job, the others run
             with suppress(OSError), log.open("a", encoding="utf-8") as file:  # e.g. on a full disk
                 traceback.print_exc(file=file)
@@ -60,8 +62,12 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def run_experiment(experiment: Experiment) -> dict[str, Any]:
-    """Build model and data, fit and test. As in `anomalib benchmark`, neither checkpoints nor pictures are kept.
+def run_experiment(experiment: Experiment, kept: Path) -> dict[str, Any]:
+    """Build model and data, fit and test.
+
+    Args:
+        experiment: What to run.
+        kept: Folder of what stays; further tests have folders of their names in it.
 
     Returns:
         Durations in seconds, throughput in images per second, and every test metric; those of further tests have the
@@ -73,7 +79,7 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
     model = build_model(experiment)
     datamodule = build_component("data", experiment.data)
     arguments = build_trainer_arguments(experiment.trainer)
-    ours = [seeding, throughput, KeepTraining(save_minutes=0), ProgressLines()]
+    ours = [seeding, throughput, KeepTraining(save_minutes=0), ProgressLines(), WriteRecords()]
     callbacks = [*ours, *_as_list(arguments.pop("callbacks", None))]
     tests = ["", *experiment.tests] if experiment.measures is None else list(experiment.measures)
     metrics: dict[str, float] = {}
@@ -84,6 +90,7 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
         test_start = time.perf_counter()
         if "" in tests:
             (metrics,) = engine.test(model, datamodule=datamodule)
+            keep(Path(engine.trainer.default_root_dir), kept, experiment.keep)
         if any(tests):
             checkpoint = Path(folder, "trained.ckpt")
             engine.trainer.save_checkpoint(checkpoint)
@@ -91,6 +98,7 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
             data = build_component("data", experiment.tests[test].get("data", experiment.data))
             tested = build_model(experiment, test)
             (found,) = engine.test(tested, datamodule=data, ckpt_path=checkpoint)
+            keep(Path(engine.trainer.default_root_dir), kept / test.replace("/", "_"), ())
             metrics |= {f"{test}/{name}": value for name, value in found.items()}
         end = time.perf_counter()
     return {
@@ -109,7 +117,8 @@ def build_model(experiment: Experiment, test: str = "") -> AnomalibModule:
     keeps the ranking of the scores, as those of the pack have.
     """
     model = build_component("model", model_of_test(experiment, test))
-    model.visualizer = None  # pictures are not kept
+    if test or "pictures" not in experiment.keep:
+        model.visualizer = None
     if experiment.measures is not None:
         model.evaluator = evaluator_of(experiment.measures.get(test, []), experiment.map_size)
         if is_stock(model):

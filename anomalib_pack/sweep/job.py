@@ -15,13 +15,13 @@ from anomalib.pipelines.types import PREV_STAGE_RESULT
 from anomalib.utils.config import flatten_dict
 from tqdm import tqdm
 
-from anomalib_pack.files import replace_file
 from anomalib_pack.process import in_own_process
 from anomalib_pack.sweep.experiment import end_with_parent, one_line, run_or_error
+from anomalib_pack.sweep.keeping import LOGS, place
 from anomalib_pack.sweep.results import write_row
 from anomalib_pack.sweep.settings import Experiment
 
-RESULTS, LOGS = "results.csv", "logs"
+RESULTS = "results.csv"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -56,7 +56,7 @@ class SweepJob(Job):
         end_with_parent()
         try:
             with one_gpu(task_id):
-                results = in_own_process(run_or_error, self.experiment, self._log)
+                results = in_own_process(run_or_error, self.experiment, self.folder)
         except Exception as error:  # the process was killed, or its result cannot be passed on
             results = {"error": one_line(error)}
         row = self.record(results)
@@ -64,20 +64,20 @@ class SweepJob(Job):
         tqdm.write(f"[{self.place}] {outcome} after {time.perf_counter() - start:.0f} s")
         return row
 
-    def record(self, results: dict[str, Any], log: bytes | None = None) -> dict[str, Any]:
+    def record(self, results: dict[str, Any], written: dict[str, bytes] | None = None) -> dict[str, Any]:
         """Write what a job that ran somewhere has returned.
 
         Args:
             results: What is measured, or the `error`.
-            log: Its output; None if the job has written it itself.
+            written: Its files by their paths in the folder of the sweep; None if the job has put them there itself.
 
         Returns:
             The row.
         """
         row = self._description() | results
         try:
-            if log is not None:
-                replace_file(self._log, log)
+            if written is not None:
+                place(written, self.folder, self.experiment.key)
             write_row(row, self.folder / RESULTS)
         except OSError as error:  # e.g. a full disk; without its row the job runs again when the sweep is resumed
             row["error"] = one_line(error)
@@ -87,8 +87,9 @@ class SweepJob(Job):
         return row
 
     @property
-    def _log(self) -> Path:
-        return self.folder / LOGS / f"{self.experiment.key}.log"
+    def log(self) -> str:
+        """Path of its log in the folder of the sweep."""
+        return f"{LOGS}/{self.experiment.key}.log"
 
     def _description(self) -> dict[str, Any]:
         experiment = self.experiment

@@ -17,7 +17,9 @@ from rich.console import Console
 
 from anomalib_pack.files import replace_file
 from anomalib_pack.sweep.cluster import RayRunner
-from anomalib_pack.sweep.job import LOGS, RESULTS, SweepJobGenerator
+from anomalib_pack.sweep.comparison import compare
+from anomalib_pack.sweep.job import RESULTS, SweepJobGenerator
+from anomalib_pack.sweep.keeping import LOGS, read_kinds
 from anomalib_pack.sweep.papers import command as papers
 from anomalib_pack.sweep.papers.files import is_table, locate
 from anomalib_pack.sweep.rehearsal import list_jobs, rehearse
@@ -26,6 +28,7 @@ from anomalib_pack.sweep.settings import Experiment, Plan, read_plan
 from anomalib_pack.sweep.tables import NOTE, console_tables, markdown, metric_tables
 
 CONFIG = "config.yaml"
+SWEEPS, STORE = Path("runs", "sweep"), Path("runs", "papers")
 ERROR_WIDTH = 160  # some of PyTorch's errors fill a page
 
 
@@ -48,8 +51,20 @@ class Sweep(Benchmark):
             parser.add_argument(
                 "--store",
                 type=Path,
-                default=Path("runs", "papers"),
+                default=STORE,
                 help="Folder of the runs that tables of papers read; each is run once, whichever table asks first.",
+            )
+            parser.add_argument(
+                "--keep",
+                type=str | None,
+                help="What to keep of each run beside its tables: pictures, checkpoints, or pictures,checkpoints.",
+            )
+            parser.add_argument(
+                "--compare",
+                nargs=2,
+                metavar=("MODEL_A", "MODEL_B"),
+                help="Print how sure the difference of two models' image AUROCs is, by their names in the tables; run "
+                "nothing.",
             )
             parser.add_argument(
                 "--runner",
@@ -87,17 +102,15 @@ class Sweep(Benchmark):
         with ExitStack() as stack:
             try:
                 of_papers, plan, config = _read(args)
+                keep = read_kinds(args.keep)
+                plan = replace(plan, experiments=[replace(each, keep=keep) for each in plan.experiments])
+                if _look(args, plan.experiments, of_papers):
+                    return
                 folder = args.store if of_papers else _folder(args.resume)
-                if args.list:
-                    list_jobs(plan.experiments, rows_by_job(folder / RESULTS))
-                    return
-                if args.dry_run:
-                    rehearse(plan.experiments)
-                    return
                 run_jobs = self._run_jobs
                 if args.runner == "ray":
                     cluster = stack.enter_context(RayRunner(args.ray.address))
-                    plan = replace(plan, experiments=_on(cluster.accelerator, plan)) if of_papers else plan
+                    plan = _on(cluster.accelerator, plan) if of_papers else plan
                     cluster.check(plan.experiments)
                     run_jobs = cluster.run_jobs
                 elif not of_papers:
@@ -112,9 +125,8 @@ class Sweep(Benchmark):
             raise SystemExit(1)
 
     def _run_jobs(self, experiments: list[Experiment], folder: Path) -> None:
-        for runner in self._setup_runners(
-            {"accelerator": list(dict.fromkeys(each.accelerator for each in experiments))}
-        ):
+        accelerators = list(dict.fromkeys(each.accelerator for each in experiments))
+        for runner in self._setup_runners({"accelerator": accelerators}):
             runner.run({"experiments": experiments, "folder": folder})
 
     @staticmethod
@@ -147,8 +159,46 @@ def _read(args: Namespace) -> tuple[bool, Plan | papers.Plan, str]:
     return False, read_plan(content), path.read_text(encoding="utf-8")
 
 
-def _on(accelerator: str, plan: papers.Plan) -> list[Experiment]:
-    return [replace(experiment, accelerator=accelerator) for experiment in plan.experiments]
+def _look(args: Namespace, experiments: list[Experiment], of_papers: bool) -> bool:
+    """Do what is asked for and runs nothing; return whether there was something.
+
+    Raises:
+        ValueError: If it cannot be done.
+    """
+    if args.compare:
+        _compare(args, experiments, of_papers)
+    elif args.list:
+        folder = args.store if of_papers else _folder(args.resume)
+        list_jobs(experiments, rows_by_job(folder / RESULTS))
+    elif args.dry_run:
+        rehearse(experiments)
+    return bool(args.compare or args.list or args.dry_run)
+
+
+def _compare(args: Namespace, experiments: list[Experiment], of_papers: bool) -> None:
+    """Print how sure a difference is.
+
+    Raises:
+        ValueError: If a model is unknown or runs are missing.
+    """
+    folder = args.store if of_papers else args.resume or _latest(experiments)
+    command = f"anomalib sweep --config {args.config}"
+    if folder is not None and folder != STORE:
+        command += f" {'--store' if of_papers else '--resume'} {folder}"
+    folder = folder or SWEEPS
+    compare(args.compare, experiments, folder, rows_by_job(folder / RESULTS), command)
+    Console().print(f"Results: {folder}", soft_wrap=True)
+
+
+def _latest(experiments: list[Experiment]) -> Path | None:
+    """The latest sweep that has one of these jobs."""
+    keys = {experiment.key for experiment in experiments}
+    folders = [path.parent for path in SWEEPS.glob(f"*/{RESULTS}") if keys & rows_by_job(path).keys()]
+    return max(folders, default=None)  # named by their times
+
+
+def _on(accelerator: str, plan: papers.Plan) -> papers.Plan:
+    return replace(plan, experiments=[replace(each, accelerator=accelerator) for each in plan.experiments])
 
 
 def _run_sweep(plan: Plan, folder: Path, run_jobs: papers.RunJobs) -> bool:
@@ -168,7 +218,7 @@ def _check_devices(accelerators: list[str]) -> None:
 def _folder(resume: Path | None) -> Path:
     if resume is None:
         # A time, as `anomalib benchmark` names its folders.
-        return Path("runs", "sweep", f"{datetime.now():%Y-%m-%d-%H_%M_%S}")
+        return SWEEPS / f"{datetime.now():%Y-%m-%d-%H_%M_%S}"
     if not (resume / CONFIG).is_file():
         msg = f"resume must be the folder of a sweep, with a {CONFIG}, got {resume}."
         raise ValueError(msg)

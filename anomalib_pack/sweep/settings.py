@@ -50,6 +50,7 @@ class Experiment:
         map_size: At what size maps are compared with masks where metrics are asked for, as ``GroupEvaluator`` has it.
         measures: Metrics of each test by its name, which is empty for the first. None: what the model's evaluator has.
         resources: What it asks of Ray: `num_cpus`, `num_gpus`, and bytes of `memory`.
+        keep: What stays beside the tables, of ``keeping.KINDS``.
     """
 
     model: Config
@@ -66,6 +67,7 @@ class Experiment:
     map_size: str = "input"
     measures: dict[str, list[str]] | None = None
     resources: dict[str, float] = field(default_factory=dict)
+    keep: tuple[str, ...] = ()
 
     @property
     def config(self) -> Config:

@@ -69,3 +69,11 @@ class Waiting(TinyModel):
         self.folder.joinpath(str(os.getpid())).touch()
         while not self.folder.joinpath("go").exists():
             time.sleep(0.05)
+
+
+class Blind(TinyModel):
+    """Has the same score for all images."""
+
+    def test_step(self, batch, batch_idx):
+        batch = super().test_step(batch, batch_idx)
+        return batch.update(pred_score=batch.pred_score * 0 + 20)

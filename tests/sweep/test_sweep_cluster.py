@@ -85,6 +85,7 @@ def test_a_node_dies(tmp_path: Path, tray, monkeypatch, capfd) -> None:
         row = rows["Waiting", "", seed]
         assert row["error"] == ""
         assert float(row["image_AUROC"]) >= 0
+        assert (results / "predictions" / row["job"] / "test_predictions.csv").is_file()
         assert (row["host"], row["threads"], row["torch"]) == (os.uname().nodename, "1", version("torch"))
     for row in rows.values():
         log = (results / "logs" / f"{row['job']}.log").read_text()
@@ -104,19 +105,19 @@ def test_a_job_runs_where_the_sweep_was_started(tmp_path: Path, monkeypatch) -> 
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setattr(sys, "path", sys.path.copy())
     here = str(tmp_path)
-    parcel = Parcel(pickle.dumps((write_and_sum, [1, 2])), here, [here], ["."], threads=2)
-    assert run_parcel(parcel) == ({"sum": 3}, f"started\n{here} 2".encode())
+    parcel = Parcel(pickle.dumps((write_and_sum, [1, 2])), "logs/a.log", here, [here], ["."], threads=2)
+    files = {"logs/a.log": b"started\n", "where": f"{here} 2".encode()}
+    assert run_parcel(parcel) == ({"sum": 3}, files)
     assert sys.path[-1] == here
-    crash = replace(parcel, job=pickle.dumps((write_and_sum, [None])))
-    results, log = run_parcel(crash)
+    results, written = run_parcel(replace(parcel, job=pickle.dumps((write_and_sum, [None]))))
     assert "crashed" in results["error"]
-    assert log == f"started\n{here} 2".encode()
+    assert written == files
     monkeypatch.setattr(on_node.socket, "gethostname", lambda: "gpu7")
     for lacking in (replace(parcel, files=["data/mvtec"]), replace(parcel, folder=f"{here}/data/mvtec")):
-        results, log = run_parcel(lacking)
+        results, written = run_parcel(lacking)
         assert results["host"] == "gpu7"
         assert f"{here}/data/mvtec cannot be read on the node gpu7" in results["error"]
-        assert log
+        assert list(written) == ["logs/a.log"]
 
 
 def test_a_node_imports_little() -> None:
@@ -188,9 +189,10 @@ def test_data_are_made_once_where_the_sweep_was_started(tmp_path: Path) -> None:
     [
         (["--runner", "ray"], "runner ray needs Ray: pip install 'anomalib-pack[ray]'"),
         (["--ray.address", "auto"], "ray.address needs --runner ray"),
+        (["--keep", "pictures,maps"], "keep must be pictures, checkpoints, or both with a comma between them"),
     ],
 )
-def test_without_ray(here: Path, tray, capsys, monkeypatch, options, message) -> None:
+def test_wrong_options(here: Path, tray, capsys, monkeypatch, options, message) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # as if it was not installed
     (here / "runs" / "sweep" / "none").mkdir(parents=True)
     status, _, rows = sweep(here, {"models": [TINY], "data": [tray]}, *options)

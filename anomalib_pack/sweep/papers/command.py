@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from anomalib_pack.files import replace_file
-from anomalib_pack.sweep.job import LOGS, RESULTS
+from anomalib_pack.sweep.job import RESULTS
+from anomalib_pack.sweep.keeping import LOGS
 from anomalib_pack.sweep.papers import costs, report
 from anomalib_pack.sweep.papers.cells import Results, measured
 from anomalib_pack.sweep.papers.files import table_files
