@@ -49,11 +49,12 @@ def place(files: Mapping[str, bytes], folder: Path, key: str) -> None:
     Args:
         files: By their paths in that folder.
         folder: Of the sweep.
-        key: Of the job, whose earlier files go.
+        key: Of the job; what an earlier run of it has left goes if there is something new.
 
     Raises:
         OSError: If a file cannot be written; the message names it.
     """
-    shutil.rmtree(kept_of(folder, key), ignore_errors=True)
+    if any(Path(name).is_relative_to(Path(PREDICTIONS, key)) for name in files):
+        shutil.rmtree(kept_of(folder, key), ignore_errors=True)
     for name, content in files.items():
         replace_file(folder / name, content)

@@ -92,10 +92,10 @@ def test_mean_of_categories() -> None:
 
 
 def compare(folder: Path, *names, options=()) -> int:
+    """Run the command; return its exit status."""
+    arguments = ["--config", folder / "sweep.yaml", "--compare", *names, *options]
     try:
-        Sweep().run(
-            Sweep.get_parser().parse_args(["--config", str(folder / "sweep.yaml"), "--compare", *names, *options])
-        )
+        Sweep().run(Sweep.get_parser().parse_args([*map(str, arguments)]))
     except SystemExit as stop:
         return stop.code
     return 0

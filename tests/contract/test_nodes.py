@@ -1,0 +1,69 @@
+"""Training on several nodes: processes that are started one by one, as somebody does it on each of their machines."""
+
+import csv
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES
+from runs import ANOMALIB, TIMEOUT, write_config
+
+MODEL = "Unislad"  # keeps memory banks
+
+
+def scores(folder: Path) -> dict[str, float]:
+    with (folder / "test_predictions.csv").open(newline="") as file:
+        return {row["image_path"]: float(row["raw_score"]) for row in csv.DictReader(file)}
+
+
+def banks(folder: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(folder / "weights/lightning/model.ckpt", weights_only=False)["state_dict"]
+    return {name: value for name, value in state.items() if "bank" in name}
+
+
+@pytest.mark.slow
+def test_two_nodes(tmp_path: Path, loco_root: Path) -> None:
+    """The first node has the results, which are those of one; the other has pictures alone. Banks hold all images."""
+    config = write_config(tmp_path / "run.yaml", MODEL, CASES[MODEL], loco_root, tmp_path, devices=1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def start(results: str, *options: str, **variables: str) -> subprocess.Popen:
+        command = [ANOMALIB, "train", "--config", config, "--default_root_dir", results, *options]
+        with (tmp_path / f"{results}{variables.get('NODE_RANK', '')}.log").open("w") as log:
+            output = {"stdout": log, "stderr": subprocess.STDOUT}
+            return subprocess.Popen(command, cwd=tmp_path, env=os.environ | variables, **output)
+
+    def start_node(rank: int) -> subprocess.Popen:
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": str(rank)}
+        return start("two", "--trainer.num_nodes", "2", **variables)
+
+    processes = [start("one"), start_node(0)]
+    try:
+        end = time.monotonic() + TIMEOUT
+        while not (folders := list((tmp_path / "two").glob(f"{MODEL}/*/tray/v0"))):
+            assert processes[1].poll() is None
+            assert time.monotonic() < end, "too slow"
+            time.sleep(0.1)
+        processes.append(start_node(1))
+        assert [process.wait(TIMEOUT) for process in processes] == [0, 0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    (one,) = (tmp_path / "one").glob(f"{MODEL}/*/tray/v0")
+    (first,) = folders
+    second = first.with_name("v1")
+    assert {path.name for path in second.iterdir()} == {"images"}
+    assert {path.name for path in one.iterdir()} == {path.name for path in first.iterdir()}
+    assert scores(first) == pytest.approx(scores(one), abs=1e-4)
+    pictures = [{str(path.relative_to(folder)) for path in folder.rglob("*.png")} for folder in (one, first, second)]
+    assert pictures[1] | pictures[2] == pictures[0]
+    expected = banks(one)
+    assert expected
+    for name, bank in banks(first).items():
+        assert bank.shape == expected[name].shape, name
