@@ -45,6 +45,7 @@ A map, from the outside in::
     data_check/         `python -m anomalib_pack check`: one look at a data set
     evaluation/         anomaly maps as files, and `python -m anomalib_pack evaluate`: their metrics
     records/            what a run finds in each image: predictions and defects as tables
+    recalibration/      `python -m anomalib_pack recalibrate`: thresholds of a trained model, set anew
     tables.py           tables as plain text
     efficiency/         `anomalib efficiency`: latency, throughput, parameters, FLOPs, memory
     on_node.py          a job on a node of a cluster

@@ -2,6 +2,7 @@
 
 `python -m anomalib_pack check --data CLASS ...` looks at a data set before a training.
 `python -m anomalib_pack evaluate --maps DIR --data CLASS ... --out OUT` computes metrics of anomaly maps in files.
+`python -m anomalib_pack recalibrate --ckpt_path FILE --normal DIR ... --out NEW` sets thresholds anew.
 """
 
 import argparse
@@ -16,10 +17,10 @@ from anomalib_pack.tables import aligned
 
 
 def main() -> int:
-    """Print the table of plugins and the versions, check a data set or evaluate maps.
+    """Print the table of plugins and the versions, check a data set, evaluate maps or recalibrate a model.
 
     Returns:
-        Exit status: 1 if Anomalib or a plugin could not be loaded or the data or maps have an error, else 0.
+        Exit status: 1 if Anomalib or a plugin could not be loaded or what a command works on has an error, else 0.
     """
     if sys.argv[1:2] == ["check"]:
         from anomalib_pack.data_check.command import run  # noqa: PLC0415  # the table works without Anomalib
@@ -33,6 +34,15 @@ def main() -> int:
         try:
             run(sys.argv[2:])
         except (OSError, RuntimeError, ValueError) as error:  # of data and maps; the message names the file
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return 0
+    if sys.argv[1:2] == ["recalibrate"]:
+        from anomalib_pack.recalibration.command import run  # noqa: PLC0415  # as above
+
+        try:
+            print(run(sys.argv[2:]))
+        except (OSError, RuntimeError, ValueError) as error:  # of checkpoint, images and arguments
             print(f"error: {error}", file=sys.stderr)
             return 1
         return 0

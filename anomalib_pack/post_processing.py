@@ -312,7 +312,7 @@ def check_finite(samples: SimpleNamespace) -> None:
         broken = ~scores.isfinite().reshape(len(scores), -1).all(dim=1)  # (B,)
         index = int(broken.nonzero()[0])
         image = samples.image_path[index] if samples.image_path is not None else f"number {index} of the batch"
-        msg = f"Validation scores must be finite, but {field} of image {image} is not."
+        msg = f"Scores must be finite, but {field} of image {image} is not."
         raise ValueError(msg)
 
 

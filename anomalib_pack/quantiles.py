@@ -37,9 +37,17 @@ def quantiles(values: Tensor, q: Sequence[float]) -> Tensor:
     if (nan_count := int(values.isnan().sum())) > 0:
         msg = f"Quantiles need numbers: {nan_count} of {values.numel()} values are NaN."
         raise ValueError(msg)
-    if values.numel() > MAX_VALUES:
-        # Drawn on the CPU, because each kind of device has a random sequence of its own.
-        index = torch.randint(values.numel(), (MAX_VALUES,), generator=torch.Generator().manual_seed(0))
-        values = values[index.to(values.device)]
-    values = values.float()
+    values = drawn(values, MAX_VALUES).float()
     return torch.quantile(values, torch.tensor(q, dtype=torch.float32, device=values.device))
+
+
+def drawn(values: Tensor, count: int, seed: int = 0) -> Tensor:
+    """Values (N,) themselves, or a random sample of ``count`` if they are more: uniform, with replacement.
+
+    The sample is the same in every run, and the global random state is left alone.
+    """
+    if values.numel() <= count:
+        return values
+    # Drawn on the CPU, because each kind of device has a random sequence of its own.
+    index = torch.randint(values.numel(), (count,), generator=torch.Generator().manual_seed(seed))
+    return values[index.to(values.device)]

@@ -33,7 +33,8 @@ def model_from_checkpoint(path: str | Path, model: str | type[AnomalibModule] | 
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no checkpoint, or the class is unknown; the message names the file.
+        ValueError: If it is no checkpoint, or its class or that of its post-processor is unknown; the message names
+            the file.
     """
     checkpoint = read_checkpoint(path)
     model_class = model_class_of(checkpoint, path, model)
@@ -44,6 +45,8 @@ def model_from_checkpoint(path: str | Path, model: str | type[AnomalibModule] | 
     if "pre_trained" in inspect.signature(model_class).parameters:
         arguments["pre_trained"] = False  # the checkpoint's weights take the place of those from the hub
     restored = model_class.load_from_checkpoint(path, map_location="cpu", **arguments)
+    if post_processor is None:
+        _check_post_processor(restored, checkpoint, path)
     return restored.eval()
 
 
@@ -129,3 +132,15 @@ def _post_processor(checkpoint: dict[str, Any]) -> PostProcessor | None:
         if settings is not None and settings.keys() == each.checkpoint_config().keys():
             return each
     return None
+
+
+def _check_post_processor(model: AnomalibModule, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Refuse settings that are not of the model's own post-processor: its results would not be the checkpoint's."""
+    settings = checkpoint.get(POST_PROCESSOR)
+    configured = getattr(model.post_processor, "checkpoint_config", dict)()
+    if settings is not None and settings.keys() != configured.keys():
+        msg = (
+            f"The post-processor of the checkpoint {path} is of a class that is not known. Load it by "
+            f"{type(model).__name__}.load_from_checkpoint with that post_processor."
+        )
+        raise ValueError(msg)

@@ -147,7 +147,7 @@ class FollowsTiles:
         if stage == "fit":
             self._trained_tiles = None
         elif self._trained_tiles is not None:
-            self._take_trained_state(self._trained_tiles)
+            self._take_trained_state(self.trained_state | self._trained_tiles)
         super().setup(stage)
 
     @property

@@ -6,8 +6,9 @@ Paper: "UniSLAD", training-free detection of structural and logical anomalies; S
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -103,6 +104,7 @@ class Unislad(
     """
 
     without_effect = ("local_ratio", "global_ratio", "shrinkage", "search")
+    chosen_weights: Mapping[str, float] = MappingProxyType({})  # by recalibration
 
     def __init__(
         self,
@@ -177,6 +179,42 @@ class Unislad(
         # Distributed training refuses a module without anything to train; this is the loss, and nothing reads it.
         self.nothing = nn.Parameter(torch.zeros(()))
         check_pre_processor(self)
+
+    @property
+    def trained_state(self) -> dict[str, Any]:
+        """What is the trained model's, with weights that were chosen for it."""
+        return {**super().trained_state, **self.chosen_weights}
+
+    def take_trained_state(self, state: dict[str, Any]) -> None:
+        """Take the weights that were chosen for a trained model, in place of the constructor's."""
+        super().take_trained_state(state)
+        own = {name: self.hparams[name] for name in self.chosen_weights}  # where another checkpoint had some
+        self.chosen_weights = {name: state[name] for name in self.score_weights if name in state}
+        self._set_weights(own | self.chosen_weights)
+
+    @property
+    def score_weights(self) -> dict[str, float]:
+        """Weights of the scores, which recalibration chooses; see :mod:`anomalib_pack.recalibration.weights`."""
+        return self.settings
+
+    def scores_to_weigh(self, images: torch.Tensor) -> torch.Tensor:
+        """Scores before Step 8 of images or their tiles, (n, tiles, 4), outside a trainer."""
+        return self._over_tiles(images, self.model.extract)
+
+    def weighed(self, scores: torch.Tensor, weights: dict[str, float]) -> torch.Tensor:
+        """Image scores (n,) of :meth:`scores_to_weigh` by other weights."""
+        columns = scores.flatten(0, 1).T
+        used = [column if there else None for column, there in zip(columns, self.model.scores_used, strict=True)]
+        own = self.score_weights
+        self._set_weights(weights)
+        try:
+            return self.model.image_score(used).unflatten(0, scores.shape[:2]).amax(dim=1)
+        finally:
+            self._set_weights(own)
+
+    def _set_weights(self, weights: Mapping[str, float]) -> None:
+        for name, value in weights.items():
+            setattr(self.model, name, value)
 
     @property
     def settings(self) -> dict[str, float]:
@@ -272,10 +310,13 @@ class Unislad(
 
     def _raw_scores(self, images: torch.Tensor) -> torch.Tensor:
         """Scores before Step 8 of images or their tiles, (n, tiles, 4); 0 for those that are switched off."""
-        return torch.cat([self._scores(tiles) for tiles in self.model.pieces(images)]).unflatten(0, (len(images), -1))
+        return self._over_tiles(images, self._extract)
 
-    def _scores(self, images: torch.Tensor) -> torch.Tensor:
-        features = self._extract(images)
+    def _over_tiles(self, images: torch.Tensor, extract: Callable[[torch.Tensor], Features]) -> torch.Tensor:
+        scores = [self._scores(extract(tiles)) for tiles in self.model.pieces(images)]
+        return torch.cat(scores).unflatten(0, (len(images), -1))
+
+    def _scores(self, features: Features) -> torch.Tensor:
         scores = self.model.raw_scores(features, self.model.patch_map(features))
         used = next(score for score in scores if score is not None)
         return torch.stack([torch.zeros_like(used) if score is None else score for score in scores], dim=1)

@@ -211,6 +211,12 @@ class UnisladModel(TakesTiles):
         spans = [distribution.directions for distribution in distributions if distribution is not None]
         return all(len(rows) > 0 for rows in (*banks, *spans))
 
+    @property
+    def scores_used(self) -> tuple[bool, ...]:
+        """Which of ``SCORES`` the model has."""
+        distributions = (self.local_distribution, self.global_distribution, self.class_distribution)
+        return (*(distribution is not None for distribution in distributions), self.has_banks)
+
     def check_image_size(self, size: Sequence[int]) -> None:
         """Check that the networks can take images of this (height, width).
 

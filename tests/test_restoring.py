@@ -4,12 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from anomalib.engine import Engine
 from anomalib.models import Patchcore
 from anomalib.pre_processing import PreProcessor
-from torchvision.transforms.v2 import Resize
+from small_patchcore import trained_patchcore
 
-from anomalib_pack.data import MVTecLoco
 from anomalib_pack.post_processing import RankPreservingPostProcessor
 from anomalib_pack.restoring import model_class_of, model_from_checkpoint, read_checkpoint
 
@@ -17,19 +15,8 @@ from anomalib_pack.restoring import model_class_of, model_from_checkpoint, read_
 @pytest.fixture(scope="module")
 def patchcore(loco_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint of Anomalib's Patchcore with the pack's post-processor."""
-    torch.manual_seed(0)
-    model = Patchcore(
-        "resnet18",
-        ["layer1"],
-        pre_trained=False,
-        coreset_sampling_ratio=0.01,
-        pre_processor=PreProcessor(Resize((64, 96))),
-        post_processor=RankPreservingPostProcessor(image_quantile=0.9),
-        visualizer=False,
-    )
-    engine = Engine(default_root_dir=tmp_path_factory.mktemp("patchcore"), accelerator="cpu", logger=False)
-    engine.fit(model, datamodule=MVTecLoco(root=loco_root, category="tray", eval_batch_size=4, num_workers=0))
-    return Path(engine.best_model_path)
+    post_processor = RankPreservingPostProcessor(image_quantile=0.9)
+    return trained_patchcore(loco_root, tmp_path_factory.mktemp("patchcore"), post_processor, size=(64, 96))
 
 
 @pytest.mark.parametrize("name", ["Patchcore", "patchcore", "anomalib.models.Patchcore", Patchcore])
