@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 import pytest
 from PIL import Image as PillowImage
-from recorded_run import MALICIOUS, small_run
+from recorded_run import MALICIOUS, row, small_run, write_run
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -66,12 +66,15 @@ def show(driver: WebDriver, tmp_path: Path) -> Iterator[Callable[[str], WebDrive
 
 @pytest.fixture
 def page(show: Callable, tmp_path: Path) -> WebDriver:
-    runs = read_runs([small_run(tmp_path / "run")])
-    return show(make_document(runs, make_pictures(runs, LIMITS), LIMITS))
+    return show(page_of(read_runs([small_run(tmp_path / "run")])))
 
 
 def wait(page: WebDriver, selector: str) -> None:
     WebDriverWait(page, 60).until(lambda page: page.find_elements(By.CSS_SELECTOR, selector))
+
+
+def page_of(runs: list[Run]) -> str:
+    return make_document(runs, make_pictures(runs, LIMITS), LIMITS)
 
 
 def figures(page: WebDriver) -> list[str]:
@@ -154,6 +157,50 @@ def test_filters_and_order(page: WebDriver) -> None:
     assert files(page)[:2] == ["scratch/0.png", f"good/{MALICIOUS}"]
     press(page, "Passed")
     assert files(page) == ["good/1.png", "good/0.png"]
+
+
+def test_runs_beside_each_other(show: Callable, tmp_path: Path) -> None:
+    """Each has its own threshold; filters are for all."""
+    other = [row("good/0.png", 0.8, 0, category="nut"), row("good/1.png", 0.1, 0), row("scratch/0.png", 0.3, 1)]
+    page = show(page_of(read_runs([small_run(tmp_path / "a"), write_run(tmp_path / "b", other)])))
+    assert [each.text for each in page.find_elements(By.CSS_SELECTOR, ".panel h3")] == ["a", "b"]
+    assert figures(page) == ["2", "1", "50.0 %", "0", "1", "1", "33.3 %"]
+    page.find_elements(By.CSS_SELECTOR, "input[type=range]")[1].send_keys(Keys.HOME)
+    assert figures(page) == ["2", "1", "50.0 %", "0", "0", "2", "33.3 %"]
+    assert outcomes(page)["Missed"] == 2
+    choose(page, "run", "b")
+    assert figures(page) == ["0", "2", "33.3 %"]
+    assert files(page)[0] == "good/0.png"
+    assert len(page.find_elements(By.CSS_SELECTOR, ".curves path")) == 2 * 2  # the curve, and its sample
+    choose(page, "category", "nut")
+    assert figures(page) == ["0", "1", "0.0 %"]
+    assert files(page) == ["good/0.png"]
+
+
+def test_decisions_that_the_score_does_not_explain(show: Callable, tmp_path: Path) -> None:
+    """Specks that were dropped stay normal; a score that equals the threshold is what the run called it."""
+    rows = [
+        row("dropped.png", 0.8, 0, pred_label=0),
+        row("equal.png", 0.5, 1, pred_label=1),
+        row("low.png", 0.1, 0),
+        row("high.png", 0.9, 1),
+    ]
+    page = show(page_of(read_runs([write_run(tmp_path / "run", rows)])))
+    assert figures(page) == ["0", "0", "100.0 %"]
+    assert (
+        "1 image has a label that the score alone does not explain" in page.find_element(By.CSS_SELECTOR, ".note").text
+    )
+    page.find_element(By.CSS_SELECTOR, "input[type=range]").send_keys(Keys.HOME)
+    assert figures(page) == ["0", "1", "75.0 %"]
+
+
+def test_a_prediction_without_labels(show: Callable, tmp_path: Path) -> None:
+    rows = [row("a.png", 0.9, None), row("b.png", 0.2, None), row("c.png", float("nan"), None, pred_label="")]
+    page = show(page_of(read_runs([write_run(tmp_path / "run", rows)])))
+    assert figures(page) == ["1"]
+    assert outcomes(page) == {"All": 3, "Called anomalous": 1, "Called normal": 1, "No score": 1}
+    assert files(page) == ["b.png", "a.png", "c.png"]
+    assert len(page.find_elements(By.CSS_SELECTOR, ".curves path")) == 0
 
 
 def test_curves(page: WebDriver) -> None:

@@ -47,14 +47,16 @@ function rank(what, distance) {
   return what === "missed" || what === "alarm" ? -1 - distance : distance;
 }
 
+// What nothing has become has no button, but for mistakes, of which it is good to read that there are none.
 function showOutcomes(numbers) {
   const total = Object.values(numbers).reduce((sum, number) => sum + number, 0);
-  const buttons = byId("gallery-bar").querySelectorAll(".outcomes button");
-  for (const button of buttons) {
+  const labelled = numbers.missed + numbers.alarm + numbers.found + numbers.passed;
+  for (const button of byId("gallery-bar").querySelectorAll(".outcomes button")) {
     const key = button.dataset.outcome;
     const number = key === "" ? total : numbers[key];
+    const isMistake = key === "missed" || key === "alarm";
     button.textContent = `${key === "" ? "All" : OUTCOMES_OF_MANY[key]} ${count(number)}`;
-    button.hidden = key !== "" && !number && !["missed", "alarm"].includes(key) && key !== outcome;
+    button.hidden = !(number || key === "" || key === outcome || (isMistake && labelled));
     button.setAttribute("aria-pressed", String(key === outcome));
   }
 }
