@@ -21,7 +21,7 @@ from anomalib_pack.report.runs import Run
 from anomalib_pack.report.tables import metric_table
 
 MEGABYTE = 10**6
-NAMED = 3  # runs in the title
+NAMED = 3  # runs in the title; with more of them the page begins with the metrics
 SCRIPT = ("theme", "helpers", "run", "state", "histogram", "panel", "curves", "gallery", "viewer", "start")
 
 
@@ -42,6 +42,7 @@ def make_document(runs: Sequence[Run], pictures: Pictures, limits: Limits) -> st
         script=script,
         title=_title(runs),
         runs=runs,
+        many=len(runs) > NAMED,
         images=sum(len(run.images) for run in runs),
         created=f"{datetime.now():%Y-%m-%d %H:%M}",
         version=metadata.version("anomalib-pack"),

@@ -12,7 +12,7 @@ ALL, MEAN = "all images", "mean"  # the second as GroupEvaluator calls it: the m
 
 @dataclass(frozen=True)
 class Line:
-    """A run in a block: its cells, each the value and whether it is the best of the block."""
+    """A run in a block: its cells, each the value and whether it is the best of those on the same images."""
 
     run: str
     cells: list[tuple[float | None, bool]]
@@ -35,7 +35,8 @@ def metric_table(runs: Sequence[Run]) -> tuple[list[str], list[Block]]:
             values.setdefault(group, {}).setdefault(run.name, {})[metric] = value
     metrics = list(dict.fromkeys(name for group in values.values() for row in group.values() for name in row))
     order = sorted(values, key=lambda group: (group != ALL, group == MEAN, group))
-    return metrics, [Block(group, list(_lines(values[group], metrics))) for group in order]
+    data = {run.name: frozenset(image.path for image in run.images) for run in runs}
+    return metrics, [Block(group, list(_lines(values[group], metrics, data))) for group in order]
 
 
 def split(name: str, groups: Iterable[str]) -> tuple[str, str]:
@@ -54,11 +55,14 @@ def split(name: str, groups: Iterable[str]) -> tuple[str, str]:
     return name, ALL
 
 
-def _lines(by_run: dict[str, dict[str, float]], metrics: Sequence[str]) -> Iterable[Line]:
-    best = {name: max(row.get(name, float("-inf")) for row in by_run.values()) for name in metrics}
+def _lines(
+    by_run: dict[str, dict[str, float]], metrics: Sequence[str], data: dict[str, frozenset[str]]
+) -> Iterable[Line]:
     for run, row in by_run.items():
-        yield Line(run, [(row.get(name), _is_best(name, row, best, len(by_run))) for name in metrics])
+        others = [by_run[other] for other in by_run if other != run and data[other] == data[run]]
+        yield Line(run, [(row.get(name), _is_best(name, row, others)) for name in metrics])
 
 
-def _is_best(name: str, row: dict[str, float], best: dict[str, float], runs: int) -> bool:
-    return runs > 1 and name.startswith(METRIC_PREFIXES) and row.get(name) == best[name]
+def _is_best(name: str, row: dict[str, float], others: Sequence[dict[str, float]]) -> bool:
+    found = [other[name] for other in others if name in other]
+    return bool(found) and name in row and name.startswith(METRIC_PREFIXES) and row[name] >= max(found)

@@ -77,9 +77,18 @@ def test_several_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert metrics == ["image_AUROC", "pixel_AUPRO"]
     cells = {(block.group, line.run): line.cells for block in blocks for line in block.lines}
     assert [block.group for block in blocks] == ["all images", "dent", "scratch", "mean"]
-    assert cells["all images", "Ulsad"] == [(0.5, False), (0.9, True)]
+    assert cells["all images", "Ulsad"] == [(0.5, False), (0.9, False)]  # the other one has none
     assert cells["all images", "Patchcore"] == [(0.75, True), (None, False)]
     assert cells["dent", "Patchcore"] == [(0.1, False), (None, False)]
+
+
+def test_the_best_of_the_runs_on_the_same_images(tmp_path: Path) -> None:
+    images = {"a": ["1.png"], "b": ["1.png"], "c": ["2.png"]}
+    for value, (name, paths) in enumerate(images.items()):
+        metrics = {"image_AUROC": 0.1 * value, "mean_loss": 0.1 * value}
+        write_run(tmp_path / name, [row(path, 0.1, 0) for path in paths], metrics)
+    ((block,), _) = metric_table(read_runs([tmp_path / name for name in images]))[::-1]
+    assert [[best for _, best in line.cells] for line in block.lines] == [[False] * 2, [True, False], [False] * 2]
 
 
 def test_nothing_from_files_becomes_markup(tmp_path: Path) -> None:

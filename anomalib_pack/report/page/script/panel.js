@@ -195,7 +195,7 @@ function spoken(counts) {
 function breakdownOf(run, indices) {
   const parts = new Map();
   for (const i of indices) {
-    const names = [several("category") ? run.category[i] : "", run.group[i]];
+    const names = [run.hasCategories ? run.category[i] : "", run.group[i]];
     const name = names.filter(Boolean).map(plain).join(" · ") || "all images";
     if (!parts.has(name)) parts.set(name, []);
     parts.get(name).push(i);

@@ -18,6 +18,7 @@ class Run {
   constructor(data, index) {
     Object.assign(this, data, { index });
     this.size = this.path.length;
+    this.hasCategories = new Set(this.category).size > 1;
     this.scores = this.scoresOf(() => true);
     const lowest = this.scores[0] ?? 0;
     const highest = this.scores.at(-1) ?? 1;
