@@ -50,7 +50,7 @@ format: $(READY)
 
 # The documentation site. A link or reference that leads nowhere is an error.
 docs: $(DOCS_READY)
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --conf-dir docs . build/site
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --conf-dir docs . build/site
 	@echo "The site: build/site/index.html"
 
 clean:

@@ -4,8 +4,12 @@ Sphinx reads the checkout as a whole, so that a relative link between two docume
 on GitHub and in the site.
 """
 
+import inspect
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = sorted(folder.parent.name for folder in ROOT.glob("anomalib_*/__init__.py"))
@@ -39,7 +43,23 @@ python_maximum_signature_line_length = 100
 
 html_theme = "furo"
 html_title = f"anomalib-pack {version}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_extra_path = ["_site"]
 html_copy_source = False
 html_show_copyright = False
 html_theme_options = {"navigation_with_keys": False}
+
+
+def signature_of_class(_app: Sphinx, what: str, _name: str, thing: Any, *_rest: Any) -> tuple[str, None] | None:
+    """What Python says, which knows whether `__new__` or `__init__` counts; types are beside the descriptions."""
+    if what != "class":
+        return None
+    signature = inspect.signature(thing)
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    return str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)), None
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-signature", signature_of_class)
