@@ -31,6 +31,7 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", rf"(?!({'|'.join(PACKAGES)})\b).*")]
 
 default_role = "code"
+highlight_language = "none"  # of blocks that do not say theirs
 autodoc_class_signature = "mixed"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
