@@ -48,9 +48,17 @@ def test_every_model_is_presented(model: str) -> None:
 
 
 def test_index_links_every_page() -> None:
-    linked = set(re.findall(r"\]\(([\w/]+\.md)\)", read("docs/index.md")))
-    pages = {path.relative_to(CHECKOUT / "docs").as_posix() for path in (CHECKOUT / "docs").rglob("*.md")}
-    assert pages - linked == {"index.md"}
+    """In its text, and once in the tables of contents beside every page."""
+    index = read("docs/index.md")
+    linked = set(re.findall(r"\]\(([\w/]+\.md)\)", index))
+    listed = re.findall(
+        r"^(?:.+ <)?([\w/.]+)>?$", "".join(re.findall(r"^:caption: .+\n\n([^`]+)", index, re.MULTILINE)), re.MULTILINE
+    )
+    pages = {path.relative_to(CHECKOUT / "docs").as_posix() for path in (CHECKOUT / "docs").rglob("*.md")} - {
+        "index.md"
+    }
+    assert pages <= linked
+    assert sorted(f"{name}.md" for name in listed if not name.startswith("../")) == sorted(pages)
 
 
 def test_citations_are_those_of_the_page() -> None:
