@@ -132,12 +132,17 @@ class Recorder:
             for dataset in datasets:
                 if isinstance(dataset, AnomalibDataset | PredictDataset | PredictImages):
                     check_whole_image(module, dataset)
-        except NotWholeError as error:
-            if self._settings.min_area or self._settings.coco:
+        except (NotWholeError, OSError) as error:  # files of videos are no images
+            if self._needs_defects:
                 raise
             logger.warning("There are no records of defects. %s", error)
             return False
         return True
+
+    @property
+    def _needs_defects(self) -> bool:
+        """Whether the user asks for something that needs them."""
+        return self._settings.min_area > 0 or self._settings.coco is not None
 
     def take_raw(self, outputs: Batch, _dataloader_idx: int) -> None:
         """Keep scores and maps as the model gives them."""
@@ -156,7 +161,10 @@ class Recorder:
         masks = outputs.pred_mask.clone() if self._settings.min_area else outputs.pred_mask
         for index in masks.flatten(1).any(dim=1).nonzero().flatten().tolist():
             mask = _flat(masks[index])
-            regions = self._regions(paths[index], _flat(self._raw_maps[index]), mask)
+            size = self._file_size(paths[index])
+            if size is None:
+                continue
+            regions = self._regions(size, _flat(self._raw_maps[index]), mask)
             self._found[index] = self._outlined(regions)
             if self._settings.min_area:
                 mask.copy_(torch.from_numpy(without_specks(mask.cpu().numpy(), regions.labels > 0)))
@@ -170,9 +178,18 @@ class Recorder:
             have_defects = torch.tensor([bool(found.defects) for found in self._found])
             outputs.pred_label = outputs.pred_label & have_defects.to(outputs.pred_label.device)
 
-    def _regions(self, image_path: str, raw_map: Tensor, mask: Tensor) -> Regions:
+    def _file_size(self, image_path: str) -> tuple[int, int] | None:
+        """Height and width; None, with a warning, if there is no file of the image."""
+        try:
+            return read_header(image_path).size
+        except OSError as error:
+            if self._needs_defects:
+                raise
+            self._say(f"There is no record of its defects. {error}")
+            return None
+
+    def _regions(self, size: tuple[int, int], raw_map: Tensor, mask: Tensor) -> Regions:
         """Defects of an image at the size of its file."""
-        size = read_header(image_path).size
         raw_map = at_size(raw_map, size)
         if self._gives_masks:
             mask = at_size(mask.float(), size) >= 0.5
@@ -287,9 +304,12 @@ class Recorder:
         try:
             yield
         except OSError as error:
-            if not self._said:
-                logger.warning("%s The metrics do not need it; this is said once.", error.strerror)
-            self._said = True
+            self._say(f"{error.strerror or error} The metrics do not need it; this is said once.")
+
+    def _say(self, message: str) -> None:
+        if not self._said:
+            logger.warning(message)
+        self._said = True
 
 
 def _flat(image: Tensor) -> Tensor:

@@ -43,13 +43,17 @@ def group_of(image_path: str, group: str | None, category: str) -> str:
 
 
 def scores(values: Tensor | None, count: int) -> list[float | None]:
-    """Scores of a batch, (B,) or (B, 1); None without scores."""
-    return [None] * count if values is None else [short(value) for value in values.float().flatten().tolist()]
+    """Scores of a batch, (B,) or (B, 1); None without a score for each image."""
+    if values is None or values.numel() != count:
+        return [None] * count
+    return [short(value) for value in values.float().flatten().tolist()]
 
 
 def labels(values: Tensor | None, count: int) -> list[int | None]:
-    """Labels of a batch as 0 and 1; None without labels."""
-    return [None] * count if values is None else [int(value) for value in values.flatten().tolist()]
+    """Labels of a batch as 0 and 1; None without a label for each image, as of videos, whose frames have them."""
+    if values is None or values.numel() != count:
+        return [None] * count
+    return [int(value) for value in values.flatten().tolist()]
 
 
 def short(value: float) -> float:

@@ -43,6 +43,7 @@ class WriteRecords(Callback):
     Raises:
         ValueError: If ``min_area`` is negative or ``pixel_size`` not above 0; in a run with ``min_area`` or ``coco``,
             if maps do not show whole images.
+        OSError: In such a run, if an image has no file.
 
     Example:
         >>> from anomalib.engine import Engine
@@ -62,6 +63,7 @@ class WriteRecords(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take places: before all others, after the post-processor, and after all others."""
+        self._recorder = None
         if stage not in STAGES:
             return
         others = self._others(trainer)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from anomalib.data import InferenceBatch, PredictDataset
+from anomalib.data import ImageBatch, ImageItem, InferenceBatch, PredictDataset
 from anomalib.metrics import F1Score
 from anomalib.models import AnomalibModule
 from anomalib.pre_processing import PreProcessor
@@ -16,6 +16,7 @@ from records_runs import Tiny, engine, folder, read
 from scipy import ndimage
 from skimage.draw import polygon
 from tiny_model import RawScores, TinyModel, TinyNet
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import CenterCrop
 
 from anomalib_pack.callbacks import WriteRecords
@@ -181,6 +182,34 @@ def test_crops(loco: MVTecLoco, loco_root: Path, tmp_path: Path, caplog: pytest.
     images = PredictDataset(loco_root / "tray" / "test" / "good")
     with pytest.raises(ValueError, match="do not show images"):
         engine(tmp_path, WriteRecords(min_area=5)).predict(model, dataset=images)
+
+
+class InMemory(Dataset):
+    """Images that are in no files."""
+
+    collate_fn = staticmethod(ImageBatch.collate)
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> ImageItem:
+        return ImageItem(image=torch.rand(3, 32, 32), image_path=f"frames/{index}.png")
+
+
+def test_images_without_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They have no size of a file; a user who needs it is told so."""
+    torch.manual_seed(0)
+    model = Tiny()
+    model.post_processor._pixel_threshold.fill_(-1.0)  # all is anomalous
+    running = engine(tmp_path)
+    running.predict(model, dataset=InMemory())
+    rows = read(folder(running) / "predictions.csv")
+    assert [row["image_path"] for row in rows] == [f"frames/{index}.png" for index in range(3)]
+    assert read(folder(running) / "defects.csv") == []
+    assert caplog.text.count("There is no record of its defects. Cannot read frames/0.png") == 1
+    assert "frames/1.png" not in caplog.text
+    with pytest.raises(OSError, match=r"Cannot read frames/0.png"):
+        engine(tmp_path, WriteRecords(min_area=5)).predict(model, dataset=InMemory())
 
 
 class ScoresOnly(TinyNet):
