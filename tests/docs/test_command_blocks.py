@@ -1,7 +1,6 @@
 """Commands and configurations in the documents are understood by the programs that they are for."""
 
 import argparse
-import importlib.metadata
 import re
 import runpy
 import sys
@@ -23,7 +22,10 @@ from anomalib_pack.sweep.settings import read_plan
 SHELL = [block for block in blocks("bash", "console", "") if not block.needs and list(block.commands())]
 CONFIGURATIONS = [block for block in blocks("yaml") if not block.needs]
 TARGETS = set(re.findall(r"^([a-z-]+):", (CHECKOUT / "Makefile").read_text(), re.MULTILINE))
-EXTRAS = set(importlib.metadata.metadata("anomalib-pack").get_all("Provides-Extra"))
+OPTIONAL = (
+    (CHECKOUT / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+)
+EXTRAS = set(re.findall(r"^(\w+) = \[", OPTIONAL, re.MULTILINE))
 
 
 class Parsed(BaseException):
