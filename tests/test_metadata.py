@@ -16,7 +16,7 @@ from anomalib.pre_processing import PreProcessor
 from pack_model import PackModel, set_statistics
 from torchvision.transforms.v2 import Resize
 
-from anomalib_pack.metadata import Normalization, normalizations, read_metadata
+from anomalib_pack.metadata import Normalization, normalizations, read_metadata, write_metadata
 from anomalib_pack.post_processing import RankPreservingPostProcessor
 
 
@@ -97,28 +97,24 @@ def load(file: Path) -> dict:
 
 
 def test_onnx(tmp_path: Path) -> None:
-    """The graph has Anomalib's outputs, and raw scores are the inverse; or they are outputs as well."""
+    """Anomalib's outputs, and behind them more; raw scores are also the inverse of the normalised ones."""
     model = PackModel().eval()
     images = noise(3, 3, 40, 60)
-    found = {}
-    for extra in (False, True):
-        file = model.to_onnx(tmp_path / str(extra), extra_outputs=extra)
-        session = onnxruntime.InferenceSession(file)
-        names = [output.name for output in session.get_outputs()]
-        found[extra] = dict(zip(names, session.run(None, {"input": images.numpy()}), strict=True))
-        metadata = load(file)
-        assert [output["name"] for output in metadata["outputs"]] == names
-    usual = ["pred_score", "pred_label", "anomaly_map", "pred_mask"]
-    assert list(found[False]) == usual
-    assert list(found[True]) == [*usual, "raw_score", "structural_score", "logical_score"]
+    file = model.to_onnx(tmp_path, extra_outputs=True)
     assert not model.extra_outputs
+    session = onnxruntime.InferenceSession(file)
+    names = [output.name for output in session.get_outputs()]
+    usual = ["pred_score", "pred_label", "anomaly_map", "pred_mask"]
+    assert names == [*usual, "raw_score", "structural_score", "logical_score"]
+    found = dict(zip(names, session.run(None, {"input": images.numpy()}), strict=True))
     with torch.no_grad():
         raw, branches = model.model.with_branch_scores(model.pre_processor(images))
-    np.testing.assert_allclose(found[True]["raw_score"], raw.pred_score, rtol=1e-5)
-    np.testing.assert_allclose(found[True]["logical_score"], branches["logical"], rtol=1e-5)
-    inverse = read_metadata(file).image.raw(found[False]["pred_score"])
-    np.testing.assert_allclose(inverse, raw.pred_score, rtol=1e-5)
+    np.testing.assert_allclose(found["raw_score"], raw.pred_score, rtol=1e-5)
+    np.testing.assert_allclose(found["logical_score"], branches["logical"], rtol=1e-5)
+    np.testing.assert_allclose(read_metadata(file).image.raw(found["pred_score"]), raw.pred_score, rtol=1e-5)
 
+    metadata = load(file)
+    assert [output["name"] for output in metadata["outputs"]] == names
     assert metadata["model"] == "pack_model.PackModel"
     assert metadata["versions"].keys() == {"anomalib-pack", "anomalib", "torch"}
     assert metadata["versions"]["anomalib"] == version("anomalib")
@@ -159,6 +155,18 @@ def test_torch(tmp_path: Path) -> None:
     assert more._fields == (*InferenceBatch._fields, "raw_score", "structural_score", "logical_score")
     assert torch.equal(more.pred_score, usual.pred_score)
     assert read_metadata(file).transform.size == [32, 48]
+
+
+def test_state_of_the_trained_model(tmp_path: Path) -> None:
+    state = {"region": [[[0.1, 0.2], [0.9, 0.2], [0.5, 0.8]]], "tiles": {"tile_size": [16, 16]}}
+
+    class Inspected(PackModel):
+        trained_state = property(lambda _self: state)
+
+    file = tmp_path / "model.pt"
+    write_metadata(Inspected(), file, None)
+    metadata = load(file)
+    assert {"region": metadata["region"], "tiles": metadata["tiles"]} == state
 
 
 def test_metadata_of_another_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
