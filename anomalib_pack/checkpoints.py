@@ -67,7 +67,7 @@ class FollowsCheckpoint:
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save class, state and components, and nothing, not `None`, of a transform that Anomalib cannot store."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[CLASS_PATH] = f"{type(self).__module__}.{type(self).__qualname__}"
+        checkpoint[CLASS_PATH] = class_path(type(self))
         checkpoint[TRAINED_STATE] = self.trained_state
         stored = checkpoint.get(PRE_PROCESSOR)
         if stored == {"transform": None} and getattr(self.pre_processor, "transform", None) is not None:
@@ -168,6 +168,11 @@ class FollowsCheckpoint:
                 "Those given here are used, so results differ, and quantiles, normalisation and thresholds are not "
                 "theirs before the next validation. Repeat the checkpoint's values if that is not meant.",
             )
+
+
+def class_path(cls: type) -> str:
+    """Module and name of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _described(component: nn.Module | None) -> str:

@@ -14,7 +14,7 @@ from anomalib.models import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.utils.serialization import anomalib_safe_globals
 
-from .checkpoints import CLASS_PATH
+from .checkpoints import CLASS_PATH, class_path
 from .post_processing import RankPreservingPostProcessor
 
 POST_PROCESSOR = "anomalib_post_processor_config"  # Anomalib's key in a checkpoint
@@ -108,11 +108,6 @@ def model_class_of(
 def known_models() -> dict[str, type[AnomalibModule]]:
     """Anomalib's models and those that are plugged into it, by name."""
     return {name: getattr(anomalib.models, name) for name in anomalib.models.__all__}
-
-
-def class_path(cls: type) -> str:
-    """Module and name of a class."""
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _by_name(known: dict[str, type[AnomalibModule]], name: str) -> type[AnomalibModule]:
