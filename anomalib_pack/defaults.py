@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, InferenceBatch
@@ -37,6 +37,9 @@ from .reading import RefusesMisreadImages
 from .resuming import KeepTraining
 from .tiling import check_tiler
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in Python 3.10 too
+
 
 class OneClassDefaults:
     """Mixin for models that learn from normal images; stands before ``AnomalibModule``.
@@ -51,7 +54,7 @@ class OneClassDefaults:
     explanation_classes: tuple[str, ...] = ()
     extra_outputs: bool = False
 
-    def __new__(cls, *_arguments: Any, **keywords: Any) -> OneClassDefaults:
+    def __new__(cls, *_arguments: Any, **keywords: Any) -> Self:
         """Say what stands in the place of an argument that most of Anomalib's models have.
 
         Raises:

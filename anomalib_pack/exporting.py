@@ -160,7 +160,8 @@ class AntialiasingByProducts(TorchFunctionMode):
         """Call :func:`resize` instead of ``interpolate``, which comes here with all its options by name."""
         options = kwargs or {}
         if func is interpolate and options["antialias"] and isinstance(options["size"], Sequence):
-            return resize(*args, options["size"], options["mode"])
+            [images] = args
+            return resize(images, options["size"], options["mode"])
         return func(*args, **options)
 
 

@@ -221,7 +221,8 @@ def read_metadata(file: Path) -> Metadata | None:
         content = json.loads(path.read_bytes())
         of_file, steps = content["file"], content["pre_processing"]["steps"]
         metadata = Metadata(
-            *(_normalization_of(content["normalization"][what]) for what in ("image", "pixel")),
+            _normalization_of(content["normalization"]["image"]),
+            _normalization_of(content["normalization"]["pixel"]),
             None if isinstance(steps, str) else spec_to_transform(steps),
             content["explanation"],
         )

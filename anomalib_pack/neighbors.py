@@ -191,7 +191,8 @@ class CodedBank:
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Squared distances (Q, k) and indices (Q, k) for queries (Q, D), as FAISS's indices give them."""
         parts = [self._search(torch.from_numpy(rows), k) for rows in np.split(queries, range(ROWS, len(queries), ROWS))]
-        return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+        distances, indices = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return distances, indices
 
     def _search(self, queries: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         _, found = self.codes.search(coded_rows(queries), candidates(k))

@@ -86,13 +86,13 @@ def gathered_pass(
     pieces = module.model.pieces if tiled else lambda images: [images]
     measures = (measure(images) for batch in one_pass(module, loader, description) for images in pieces(batch.image))
     gather = partial(gather_tiles if tiled else gather_shares, module)
-    share: Measures | None = None
+    share = None
     while True:
         found = next(measures, None)
         if module.trainer.strategy.broadcast(found is None):  # the first process has the largest share
             return
         share = found or _map(_no_rows, share)
-        yield _map(gather, share)
+        yield _map(gather, share)  # pyrefly: ignore [invalid-yield]
 
 
 def measures_of_normal_images(

@@ -172,7 +172,7 @@ class RankPreservingPostProcessor(PostProcessor):
     @property
     def image_quantile(self) -> float:
         """Share of the normal validation images below the threshold."""
-        return self._image_threshold_metric.quantile
+        return float(self._image_threshold_metric.quantile)
 
     @image_quantile.setter
     def image_quantile(self, value: float) -> None:
@@ -181,7 +181,7 @@ class RankPreservingPostProcessor(PostProcessor):
     @property
     def pixel_quantile(self) -> float:
         """Share of the normal validation pixels below the threshold."""
-        return self._pixel_threshold_metric.quantile
+        return float(self._pixel_threshold_metric.quantile)
 
     @pixel_quantile.setter
     def pixel_quantile(self, value: float) -> None:

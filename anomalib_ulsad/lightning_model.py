@@ -280,7 +280,7 @@ class Ulsad(
         """Predict scores, maps and the explanation of a batch."""
         return self._predict(batch)
 
-    def _predict(self, batch: ImageBatch) -> ImageBatch:
+    def _predict(self, batch: ImageBatch) -> STEP_OUTPUT:
         maps = self.branch_maps = self.model.maps(batch.image)
         return batch.update(**combine(maps)._asdict(), explanation=explain(branch_scores(maps)))
 

@@ -239,7 +239,7 @@ def _pictures(uniad: Uniad, renderer: FeatureRenderer, batch: ImageBatch) -> Ite
 
 def _load(ckpt_path: Path, device: str | None) -> Uniad:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Uniad.load_from_checkpoint(ckpt_path, map_location=device).eval()
+    return Uniad.load_from_checkpoint(ckpt_path, map_location=device).eval()  # pyrefly: ignore [bad-return]
 
 
 def _categories(data: AnomalibDataModule, uniad: Uniad) -> dict[str, Dataset]:
@@ -250,7 +250,7 @@ def _categories(data: AnomalibDataModule, uniad: Uniad) -> dict[str, Dataset]:
     images.augmentations = uniad.pre_processor.transform
     if not isinstance(images, MultiCategoryDataset):
         return {data.category or data.name: images}
-    return {name: Subset(images, rows.tolist()) for name, rows in images.samples.groupby("group").indices.items()}
+    return {str(name): Subset(images, rows.tolist()) for name, rows in images.samples.groupby("group").indices.items()}
 
 
 def _loader(data: AnomalibDataModule, images: Dataset, batch_size: int, shuffle: bool = False) -> DataLoader:

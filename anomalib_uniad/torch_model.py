@@ -328,6 +328,6 @@ class UniadModel(TakesTiles):
 
 
 def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = [value, value] if isinstance(value, int) else list(value)
     require(name, value, len(pair) == 2 and min(pair) >= 1, "one or two whole numbers of at least 1")
-    return pair
+    return pair[0], pair[1]

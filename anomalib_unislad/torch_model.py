@@ -241,11 +241,11 @@ class UnisladModel(TakesTiles):
 
     def vectors(self, features: Features) -> Vectors:
         """Step 5: one vector for each image and kind (Eqs. 12 to 14)."""
-        pooled = [
+        local, global_ = (
             patches if patches is None else image_vector(patches.flatten(2).mT, self.pooling, self.power, self.trim)
             for patches in (features.local_patches, features.global_patches)
-        ]
-        return Vectors(*pooled, features.class_token)
+        )
+        return Vectors(local, global_, features.class_token)
 
     def fit(self, local_patches: torch.Tensor | None, global_patches: torch.Tensor | None, vectors: Vectors) -> None:
         """Steps 3 to 6, from the selected patches (n, D) and the vectors of all normal images."""
@@ -302,7 +302,7 @@ class UnisladModel(TakesTiles):
 
     def image_score(self, raw: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """S (B,) from the scores (Eq. 21)."""
-        return fuse(*self.parts(raw), self.w)
+        return fuse(*self.parts(raw), self.w)  # pyrefly: ignore [bad-return]  # one of the two is there
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Detect anomalies.

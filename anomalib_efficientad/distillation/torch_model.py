@@ -85,7 +85,7 @@ class PatchFeatures(nn.Module):
     @property
     def stride(self) -> int:
         """Pixels between two locations of the grid."""
-        return self.backbone.strides[0]
+        return int(self.backbone.strides[0])
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -103,7 +103,7 @@ class DilatedBranches(nn.Module):
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
-        return sum(norm(convolution(maps)) for convolution, norm in self.branches())
+        return sum(norm(convolution(maps)) for convolution, norm in self.branches())  # pyrefly: ignore [bad-return]
 
 
 def depthwise(channels: int, size: int, dilation: int = 1) -> nn.Conv2d:

@@ -104,7 +104,7 @@ class DatasetCategories:
         return _find_categories(self._datamodule())
 
     def _datamodule(self, **category: str) -> AnomalibDataModule:
-        datamodule = self._class(root=self.root, **category, **self._arguments)
+        datamodule = self._class(**{"root": self.root, **category, **self._arguments})
         for name, ratio in self._ratios.items():
             setattr(datamodule, name, ratio)
         return datamodule
@@ -136,7 +136,7 @@ class FolderCategories:
 
     def datamodules(self) -> dict[str, AnomalibDataModule]:
         """Return the datamodule of each category."""
-        return self._datamodules
+        return dict(self._datamodules)
 
     def folders(self, category: str) -> list[str]:
         """Return the folders with images of a category, normal and anomalous."""

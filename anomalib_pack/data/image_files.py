@@ -98,7 +98,7 @@ def decode(data: bytes, white_level: float | None = None) -> ImageTensor:
         header = header_of(image)
         check_upright(header)
         if header.bits <= 8 or (white_level is None and not header.clipped):
-            return to_dtype(to_image(image.convert("RGB")), torch.float32, scale=True)
+            return ImageTensor(to_dtype(to_image(image.convert("RGB")), torch.float32, scale=True))
         values = np.array(image) if header.clipped else _colours(data)  # (H, W) or (H, W, 3)
         is_float = image.mode == "F"
     if white_level is None and header.bits > 16 and not is_float:

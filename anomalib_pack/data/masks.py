@@ -39,7 +39,7 @@ def gray_values(image: Image.Image) -> np.ndarray:
 def count_values(values: np.ndarray) -> int:
     """Count the different values of a mask."""
     if values.dtype == np.uint8:  # much faster than sorting
-        return np.count_nonzero(np.bincount(values.ravel()))
+        return int(np.count_nonzero(np.bincount(values.ravel())))
     return len(np.unique(values))
 
 

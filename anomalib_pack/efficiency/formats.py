@@ -115,7 +115,7 @@ def compared(run: Runtime, datamodule: AnomalibDataModule, kind: str, folder: Pa
     outputs = [run(data[index].image[None].numpy()) for index in range(len(data))]
     labels = data.samples.label_index.to_numpy()
     scores = np.concatenate([output["pred_score"].reshape(-1) for output in outputs])
-    row = {"image_AUROC": float(roc_auc_score(labels, scores))}
+    row: dict[str, float | None] = {"image_AUROC": float(roc_auc_score(labels, scores))}
     if "anomaly_map" not in outputs[0]:
         return row
     maps = np.stack([output["anomaly_map"].squeeze() for output in outputs])

@@ -72,16 +72,17 @@ def evaluate_maps(folder: Path, datamodule: AnomalibDataModule, out: Path) -> No
     root = getattr(datamodule, "root", None)
     # What is missing in the last category is to be known before work on the first.
     mapped = [list_images(category, part, root, folder) for category, part in parts.items()]
-    rows = {}
+    rows, has_groups = {}, False
     for images in mapped:
         result = evaluate(images)
         replace_file(out / f"{images.category}_metrics.json", json.dumps(result.published, indent=4).encode())
         write_csv(result.rows, out / f"{images.category}_metrics.csv")
-        if "mean" in result.rows:
+        has_groups = "mean" in result.rows
+        if has_groups:
             _print(result.rows, f"Groups of {images.category}, in %")
         rows[images.category] = result.rows.get("mean", result.rows[""])
     rows["mean"] = mean_row(list(rows.values()))
-    if joined or "mean" not in result.rows:
+    if joined or not has_groups:
         _print(rows, "Categories, in %")
     if joined:
         write_csv(rows, out / "metrics.csv")

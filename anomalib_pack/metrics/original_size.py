@@ -271,7 +271,7 @@ def keeps_places(size: tuple[int, int], steps: Sequence[Any]) -> bool:
     image = tv_tensors.Image(torch.zeros(3, height, width))
     place = torch.tensor([[3 / 8, 3 / 8, 1 / 2, 1 / 2]])  # neither in the middle nor at an edge
     box = place * torch.tensor([width, height, width, height])
-    box = tv_tensors.BoundingBoxes(box, format="XYXY", canvas_size=size)
+    box = tv_tensors.BoundingBoxes(box, format="XYXY", canvas_size=size)  # pyrefly: ignore [unexpected-keyword]
     for step in steps:
         image, box = step(image, box)
     height, width = box.canvas_size

@@ -95,8 +95,8 @@ def find_regions(mask: NDArray, anomaly_map: NDArray, min_area: int = 0, pixel_s
     numbers[kept] = np.arange(1, len(kept) + 1)
     scale = None if pixel_size is None else pixel_size**2
     defects = [
-        Defect(*box, *centroid, area, None if scale is None else area * scale, peak)
-        for (*box, area), centroid, peak in zip(
+        Defect(x, y, width, height, centroid_x, centroid_y, area, None if scale is None else area * scale, peak)
+        for (x, y, width, height, area), (centroid_x, centroid_y), peak in zip(
             stats[kept].tolist(), centroids[kept].tolist(), peaks[kept].tolist(), strict=True
         )
     ]

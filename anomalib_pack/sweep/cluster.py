@@ -39,7 +39,7 @@ class RayRunner:
 
     def __init__(self, address: str | None) -> None:
         try:
-            import ray  # noqa: PLC0415  # an extra
+            import ray  # noqa: PLC0415  # an extra  # pyrefly: ignore [missing-import]
         except ImportError as error:
             msg = "runner ray needs Ray: pip install 'anomalib-pack[ray]'."
             raise ValueError(msg) from error

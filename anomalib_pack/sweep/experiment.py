@@ -91,8 +91,8 @@ def run_experiment(experiment: Experiment, kept: Path) -> dict[str, Any]:
         if "" in tests:
             (metrics,) = engine.test(model, datamodule=datamodule)
             keep(Path(engine.trainer.default_root_dir), kept, experiment.keep)
+        checkpoint = Path(folder, "trained.ckpt")
         if any(tests):
-            checkpoint = Path(folder, "trained.ckpt")
             engine.trainer.save_checkpoint(checkpoint)
         for test in filter(None, tests):
             data = build_component("data", experiment.tests[test].get("data", experiment.data))

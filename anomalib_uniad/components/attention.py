@@ -87,7 +87,7 @@ class DropoutAttention(torch.autograd.Function):
             kept = torch.clamp_min(weights, 0, out=draws)
             attended[images] = torch.bmm(kept, values).mul_(factor).view(attended[images].shape)
         context.save_for_backward(q, k, v, signed, attended)
-        context.factor = factor
+        context.factor = factor  # pyrefly: ignore [unbound-name]  # there is a part, as there are images
         return attended
 
     @staticmethod
