@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 from statistics import fmean, stdev
 
+import fake_ray
 import pytest
 import yaml
 
@@ -123,6 +124,37 @@ def test_tables_are_views_of_runs(here: Path, paper: Path, capfd, monkeypatch) -
     assert "†" in shown.replace("† of runs", "")
     assert "torch 1.0.0" in shown
     assert "Installed: anomalib_pack" in shown
+
+
+def test_ray(here: Path, paper: Path, capfd, monkeypatch) -> None:
+    """Runs of tables as tasks; what is lost is a failed run, which the same command tries again."""
+    ray = fake_ray.use(monkeypatch, fake_ray.FakeRay(loses_first=True))
+    assert command("--config", "papers/tiny/table_1", "--runner", "ray") == 1
+    shown = capfd.readouterr().out
+    assert "3 jobs on 1 nodes" in shown
+    assert "Ours, Tray, seed 1 failed: NodeDiedError: the node died too often" in shown.replace("\n", " ")
+    assert ray.asked == [{"num_cpus": 1, "num_gpus": 0}] * 3 + ["shutdown"]
+    assert {key: bool(row["error"]) for key, row in rows(here).items()} == {
+        ("Ours", "0"): False,
+        ("Ours", "1"): True,
+        ("Other", "0"): False,
+    }
+    assert command("--config", "papers/tiny/table_1", "--runner", "ray") == 0
+    assert "1 jobs on 1 nodes" in capfd.readouterr().out
+    store = here / "runs" / "papers"
+    for (model, _), row in rows(here).items():
+        assert row["error"] == ""
+        assert (row["accelerator"], row["threads"]) == ("cpu", "1")
+        assert row["host"]
+        assert (store / "logs" / f"{row['job']}.log").stat().st_size
+        kept = {
+            str(path.relative_to(store / "predictions" / row["job"]))
+            for path in store.glob("predictions/*/**/*.csv")
+            if row["job"] in str(path)
+        }
+        tests = {"", "doubled/"} if model == "Ours" else {""}
+        assert kept == {f"{test}{name}.csv" for test in tests for name in ("test_predictions", "defects")}
+    assert float(cells(here, "table_1")["Ours", "all"]["measured"]) >= 0
 
 
 def test_folder_store_and_what_fails(here: Path, paper: Path, capfd) -> None:
