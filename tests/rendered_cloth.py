@@ -34,8 +34,8 @@ def faulty(seed: int) -> np.ndarray:
 
 
 def write(root: Path, size: int = SIZE) -> None:
-    """Three images for training, three for validation, one without and one with a fault, of their upper left corner."""
-    for folder, seeds in {"train": (0, 1, 2), "val": (3, 4, 5), "good": (6,)}.items():
+    """Three images for training, six for validation, one without and one with a fault, of their upper left corner."""
+    for folder, seeds in {"train": (0, 1, 2), "val": (3, 4, 5, 7, 8, 9), "good": (6,)}.items():
         (root / folder).mkdir(parents=True)
         for seed in seeds:
             Image.fromarray(cloth(seed)[:size, :size]).save(root / folder / f"{seed}.png", compress_level=1)
