@@ -14,11 +14,11 @@ PERIOD = 9  # pixels of a thread: in no step with the strides of networks
 def cloth(seed: int) -> np.ndarray:
     """A plain weave with threads of slightly different brightness: (SIZE, SIZE, 3), uint8."""
     rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:SIZE, :SIZE] + rng.uniform(0, PERIOD, 2)[:, None, None]
-    threads = rng.uniform(0.85, 1.15, (2, SIZE // PERIOD + 2))
+    y, x = np.mgrid[:SIZE, :SIZE]
+    threads = rng.uniform(0.85, 1.15, (2, SIZE // PERIOD + 1))
     over = (x // PERIOD + y // PERIOD) % 2 == 0
     across = np.where(over, np.abs(np.sin(np.pi * x / PERIOD)), np.abs(np.sin(np.pi * y / PERIOD)))
-    own = np.where(over, threads[0][(x // PERIOD).astype(int)], threads[1][(y // PERIOD).astype(int)])
+    own = np.where(over, threads[0][x // PERIOD], threads[1][y // PERIOD])
     gray = 0.2 + 0.5 * across * own + rng.normal(0, 0.02, (SIZE, SIZE))
     return (gray.clip(0, 1)[..., None] * (255, 230, 200)).astype(np.uint8)
 
