@@ -22,7 +22,7 @@ SHRUNK = 8  # times smaller are whole images, and as large are tiles
 ARGUMENTS = {
     "MiniMaxAd": {"top_ratio": 0.0},  # a hundredth of a tile is five times as large as the fault
     "Ulsad": {},
-    "Uniad": {"feature_size": 16},
+    "Uniad": {"feature_size": 32},  # of 14 the steps are wider than the fault
     # A fiftieth of the ratios, for 64 tiles in each image; a fault that is small in a tile shows in patches only.
     "Unislad": {"local_ratio": 0.002, "global_ratio": 0.02, "w": 1.0},
 }
