@@ -32,6 +32,7 @@ from anomalib_pack.checks import check_data, check_pre_processor, require
 from anomalib_pack.defaults import OneClassDefaults
 from anomalib_pack.passes import measures_of_normal_images, one_pass, sum_over_processes, validation_loader
 from anomalib_pack.quantiles import quantiles
+from anomalib_pack.region import Polygons, plain_region
 from anomalib_pack.statistics import channel_sums, mean_and_std
 from anomalib_pack.training import LIGHTNING_DEFAULT_EPOCHS, EndsOnBadLoss, ValidatesAtTheEnd
 
@@ -78,6 +79,10 @@ class DistilledEfficientAd(
         weight_decay: Weight decay of Adam (Alg. 1, line 11).
         padding: Pad in the convolutions, as in Tables 1 and 2. Anomalib: no, which keeps borders out of the maps.
         pad_maps: Pad the maps instead.
+        region: What of the image is inspected: polygons, each of at least three points [x, y] in fractions of the
+            image's width and height, or the path of a mask, whose content is kept and not 0 inside. Outside, the
+            image is filled with one colour, maps are 0, and nothing counts, see :mod:`anomalib_pack.region`. A
+            checkpoint's region, or that it has none, takes the place of this one.
         pre_processor: Must not contain ``Normalize``: the networks normalise plain RGB themselves.
         post_processor: As in all Anomalib models.
         evaluator: As in all Anomalib models. The default also reports each category or anomaly group.
@@ -103,6 +108,7 @@ class DistilledEfficientAd(
         weight_decay: float = 1e-5,
         padding: bool = False,
         pad_maps: bool = True,
+        region: Polygons | str | Path | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -114,6 +120,7 @@ class DistilledEfficientAd(
         require("lr", lr, lr > 0, "above 0")
         require("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
         teacher_weights, penalty_images = str(teacher_weights), str(penalty_images)  # checkpoints hold plain data
+        region = plain_region(region)
         super().__init__(
             imagenet_dir=penalty_images,
             teacher_out_channels=teacher_out_channels,
@@ -128,7 +135,7 @@ class DistilledEfficientAd(
             visualizer=visualizer,
         )
         self.teacher_weights = Path(teacher_weights)
-        self.model = DistilledEfficientAdModel(teacher_out_channels, self.model_size, padding, pad_maps)
+        self.model = DistilledEfficientAdModel(teacher_out_channels, self.model_size, padding, pad_maps, region=region)
         check_pre_processor(self)
 
     @staticmethod
@@ -207,7 +214,7 @@ class DistilledEfficientAd(
         """
         sums = 0
         for batch in one_pass(self, dataloader, "Teacher statistics"):
-            sums = sums + channel_sums(self.model.teacher(batch.image))
+            sums = sums + channel_sums(self.model.teacher_features(batch.image))
         mean, std = mean_and_std(sum_over_processes(self, sums))
         # Frozen here, because Anomalib puts what it gets in the place of its own parameters.
         return {
@@ -252,8 +259,8 @@ class DistilledEfficientAd(
         return result
 
     def _maps(self, images: torch.Tensor) -> torch.Tensor:
-        """Maps of student and autoencoder, (n, 2, H, W)."""
-        return torch.cat(self.model.get_maps(images), dim=1)
+        """Maps of student and autoencoder, (n, 2, H, W), or the pixels of a region."""
+        return self.model.region.take(torch.cat(self.model.get_maps(images), dim=1))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam on student and autoencoder, whose rate drops once (Alg. 1, lines 11 and 40 to 42).

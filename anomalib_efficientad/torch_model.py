@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from anomalib.data import InferenceBatch
@@ -18,8 +19,10 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
 from anomalib_pack.precision import Float32State
+from anomalib_pack.region import Polygons, build_region
 
 HARD = 0.999  # p_hard, quantile of the distances from which on they count (Alg. 1, line 19)
+PADDING = 4  # of maps at each edge, where they are padded: what Tables 1 and 2 pad, less what Anomalib does not
 MINIMUM_SIZE = 256  # the autoencoder's EncConv-6 needs an 8 x 8 input, five halvings away from the image (Table 3)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # comments on Alg. 1 and 2
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -103,7 +106,12 @@ class Float32ParameterDict(Float32State, nn.ParameterDict):
 class DistilledEfficientAdModel(EfficientAdModel):
     """Anomalib's EfficientAD for any precision, with frozen parameters marked, a checked image size, a score per image.
 
-    Arguments are those of Anomalib's model. Images are RGB in [0, 1]; the networks normalise them themselves.
+    Images are RGB in [0, 1]; the networks normalise them themselves.
+
+    Args:
+        *arguments: Those of Anomalib's model.
+        region: What of the image counts, see :func:`~anomalib_pack.region.build_region`.
+        **keywords: Those of Anomalib's model.
 
     Example:
         >>> model = DistilledEfficientAdModel(teacher_out_channels=8).eval()
@@ -111,8 +119,10 @@ class DistilledEfficientAdModel(EfficientAdModel):
         torch.Size([1])
     """
 
-    def __init__(self, *arguments: object, **keywords: object) -> None:
+    def __init__(self, *arguments: object, region: Polygons | str | Path | None = None, **keywords: object) -> None:
         super().__init__(*arguments, **keywords)
+        self.region = build_region(region)
+        self.border = PADDING if self.pad_maps else 0
         self.teacher = PatchDescriptionNetwork(self.teacher)
         self.student = PatchDescriptionNetwork(self.student)
         self.ae = AutoEncoder(self.ae)
@@ -154,7 +164,7 @@ class DistilledEfficientAdModel(EfficientAdModel):
         """
         self.check_image_size(batch.shape[-2:])
         if self.training:
-            return super().forward(batch, batch_imagenet, normalize)
+            return super().forward(self.region.fill(batch), batch_imagenet, normalize)
         return combine(*self.get_maps(batch, normalize))
 
     def with_branch_scores(self, images: torch.Tensor) -> tuple[InferenceBatch, dict[str, torch.Tensor]]:
@@ -163,6 +173,50 @@ class DistilledEfficientAdModel(EfficientAdModel):
         student, autoencoder = self.get_maps(images, normalize=True)
         scores = {"student": student.amax(dim=(1, 2, 3)), "autoencoder": autoencoder.amax(dim=(1, 2, 3))}
         return combine(student, autoencoder), scores
+
+    def teacher_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Features of the teacher that count, (B, C, h, w) or those in the region, before they are normalised."""
+        return self.region.take(self.teacher(self.region.fill(images)), self.border)
+
+    def get_maps(self, batch: torch.Tensor, normalize: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Maps of student and autoencoder, (B, 1, H, W) each, of RGB in [0, 1], (B, 3, H, W)."""
+        return super().get_maps(self.region.fill(batch), normalize)
+
+    def compute_maps(
+        self, batch: torch.Tensor, student_output: torch.Tensor, distance_st: torch.Tensor, normalize: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute Anomalib's maps, with what lies in the region (Alg. 2).
+
+        Args:
+            batch: RGB in [0, 1], (B, 3, H, W).
+            student_output: Both halves of the student's features, (B, 2 C, h, w).
+            distance_st: Squared differences of student and teacher, (B, C, h, w).
+            normalize: Normalise the maps with the quantiles of normal validation images, if they were measured.
+
+        Returns:
+            Maps of student and autoencoder, (B, 1, H, W) each.
+        """
+        size = batch.shape[-2:]
+        with torch.no_grad():
+            autoencoder = self.ae(batch, size)
+            distance_stae = (autoencoder - student_output[:, self.teacher_out_channels :]) ** 2
+        maps = []
+        for name, distances in (("st", distance_st), ("ae", distance_stae)):
+            averages = distances.mean(dim=1, keepdim=True)
+            smoothed = self.region.smooth(averages, lambda maps: self._full_size(maps, size), border=self.border)
+            cleared = self.region.clear(smoothed)
+            maps.append(self._normalized(cleared, name) if normalize else cleared)
+        return tuple(maps)
+
+    def _full_size(self, maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        return F.interpolate(F.pad(maps, 4 * [self.border]), size=size, mode="bilinear")
+
+    def _normalized(self, maps: torch.Tensor, name: str) -> torch.Tensor:
+        """Map both quantiles to 0 and 0.1; without a branch on their values, for exports."""
+        measured = self._is_set_tensor(self.quantiles)
+        lower, upper = self.quantiles[f"qa_{name}"], self.quantiles[f"qb_{name}"]
+        spread = torch.where(measured, upper - lower, torch.ones_like(lower))
+        return torch.where(measured, 0.1 * (maps - lower) / spread, maps)
 
     def compute_losses(
         self, batch: torch.Tensor, batch_imagenet: torch.Tensor, distance_st: torch.Tensor
@@ -178,7 +232,7 @@ class DistilledEfficientAdModel(EfficientAdModel):
             The losses of student and teacher, of the autoencoder, and of student and autoencoder.
         """
         channels = self.teacher_out_channels
-        distances = reduce_tensor_elems(distance_st)
+        distances = reduce_tensor_elems(self.region.take(distance_st, self.border))
         hard = distances >= torch.quantile(distances, HARD)
         penalty = self.student(batch_imagenet)[:, :channels].square().mean()
         loss_st = (distances * hard).sum() / hard.sum() + penalty
@@ -188,6 +242,9 @@ class DistilledEfficientAdModel(EfficientAdModel):
         with torch.no_grad():
             teacher = self._normalize_teacher(self.teacher(augmented))
         student = self.student(augmented)[:, channels:]
+        teacher, autoencoder, student = (
+            self.region.take(features, self.border) for features in (teacher, autoencoder, student)
+        )
         return loss_st, (teacher - autoencoder).square().mean(), (autoencoder - student).square().mean()
 
     @staticmethod

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_pack.blur import gaussian_blur
+from anomalib_pack.region import WHOLE_IMAGE, WholeImage
 from anomalib_pack.shares import whole_share
 
 BLUR_SIGMA = 4.0  # published code; the paper does not smooth its maps
@@ -34,7 +35,9 @@ def cosine_distance(encoded: torch.Tensor, decoded: torch.Tensor) -> torch.Tenso
     return 1 - F.cosine_similarity(encoded.float(), decoded.float(), dim=1)  # Eq. 2
 
 
-def full_size_map(distances: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+def full_size_map(
+    distances: Sequence[torch.Tensor], size: tuple[int, int], region: WholeImage = WHOLE_IMAGE
+) -> torch.Tensor:
     """Join the distances of all scales at the size of the image, S of Eq. 3.
 
     Differs from the paper: Eq. 3 adds the scales up, the published evaluation averages them. The ranking is the same.
@@ -42,14 +45,17 @@ def full_size_map(distances: Sequence[torch.Tensor], size: tuple[int, int]) -> t
     Args:
         distances: M^k, each (B, h_k, w_k).
         size: (H, W) of the image.
+        region: Whose distances have weight.
 
     Returns:
         (B, 1, H, W), from 0 to 2.
     """
-    resized = [
-        F.interpolate(maps.unsqueeze(1), size=size, mode="bilinear", align_corners=True) for maps in distances
-    ]  # Psi, published code
-    return torch.stack(resized).mean(dim=0)  # Eq. 3
+
+    def resized(maps: torch.Tensor) -> torch.Tensor:  # Psi, published code
+        return F.interpolate(maps, size=size, mode="bilinear", align_corners=True)
+
+    full_size = [region.smooth(maps.unsqueeze(1), resized) for maps in distances]
+    return torch.stack(full_size).mean(dim=0)  # Eq. 3
 
 
 def blur(maps: torch.Tensor, width: int) -> torch.Tensor:
@@ -69,7 +75,7 @@ def image_score(anomaly_map: torch.Tensor, top_ratio: float) -> torch.Tensor:
     """Mean of the largest values of a map: published code, the paper does not say.
 
     Args:
-        anomaly_map: (B, 1, H, W).
+        anomaly_map: (B, 1, H, W), or the pixels of it that count.
         top_ratio: Share of the pixels that counts; with 0 the single largest.
 
     Returns:

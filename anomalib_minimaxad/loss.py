@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_pack.region import WHOLE_IMAGE, WholeImage
+
 from .anomaly_map import cosine_distance
 from .torch_model import Pyramids
 
@@ -129,11 +131,11 @@ class MiniMaxAdLoss(nn.Module):
         self.p_hard = p_hard
         self.p_lim = p_lim
 
-    def forward(self, pyramids: Pyramids) -> torch.Tensor:
-        """Compute the loss, a scalar, from the networks' output in training mode."""
+    def forward(self, pyramids: Pyramids, region: WholeImage = WHOLE_IMAGE) -> torch.Tensor:
+        """Compute the loss, a scalar, from the networks' output in training mode, at the positions of a region."""
         if self.kind == "global":
-            return global_loss(*pyramids)
-        maps = training_map(*pyramids)
+            return global_loss(*([region.take(maps) for maps in features] for features in pyramids))
+        maps = region.take(training_map(*pyramids))
         if self.kind == "local":
             return local_loss(maps)
         if self.kind == "local_hm":

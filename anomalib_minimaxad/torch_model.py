@@ -23,6 +23,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_pack.backbones import load_fitting
 from anomalib_pack.checks import require
+from anomalib_pack.region import Polygons, WholeImage, build_region
 from anomalib_pack.tiling import TakesTiles
 
 from .anomaly_map import blur, cosine_distance, full_size_map, image_score
@@ -131,6 +132,7 @@ class MiniMaxAdModel(TakesTiles):
         decoder_block: The same in the decoder.
         top_ratio: Share of a map's pixels whose mean is the image score, 0 for the maximum.
         blur_width: Side of the Gaussian's window, odd.
+        region: What of the image counts, see :func:`~anomalib_pack.region.build_region`.
 
     Raises:
         ValueError: If a value is impossible; the message names the argument.
@@ -151,6 +153,7 @@ class MiniMaxAdModel(TakesTiles):
         decoder_block: str = "large",
         top_ratio: float = 0.01,
         blur_width: int = 5,
+        region: Polygons | str | Path | None = None,
     ) -> None:
         super().__init__()
         require("encoder_block", encoder_block, encoder_block in BLOCKS, f"one of {BLOCKS}")
@@ -159,6 +162,7 @@ class MiniMaxAdModel(TakesTiles):
         require("blur_width", blur_width, blur_width >= 1 and blur_width % 2 == 1, "odd and at least 1")
         self.top_ratio = top_ratio
         self.blur_width = blur_width
+        self.region = build_region(region)
         self.encoder = build_encoder(encoder, encoder_block == "large", grn)
         of_timm = isinstance(self.encoder, TimmEncoder)
         fits = encoder_block == "large" or not of_timm
@@ -213,15 +217,18 @@ class MiniMaxAdModel(TakesTiles):
         result = self.over_tiles(images, self._detect)
         if self.tiler is None:
             return result
-        return result._replace(anomaly_map=blur(result.anomaly_map, self.blur_width))
+        return result._replace(anomaly_map=self._blur(result.anomaly_map, self.region))
 
     def _detect(self, images: torch.Tensor) -> InferenceBatch:
         """Score images; the map of a tile is not blurred yet, because the blur would darken its edges."""
         distances = [cosine_distance(*pair) for pair in zip(*self.decode(self.encode(images)), strict=True)]
-        anomaly_map = full_size_map(distances, images.shape[-2:])
-        blurred = blur(anomaly_map, self.blur_width)
-        score = image_score(blurred, self.top_ratio)
+        anomaly_map = full_size_map(distances, images.shape[-2:], self.counted)
+        blurred = self._blur(anomaly_map, self.counted)
+        score = image_score(self.counted.take(blurred), self.top_ratio)
         return InferenceBatch(pred_score=score, anomaly_map=blurred if self.tiler is None else anomaly_map)
+
+    def _blur(self, anomaly_map: torch.Tensor, region: WholeImage) -> torch.Tensor:
+        return region.clear(region.smooth(anomaly_map, lambda maps: blur(maps, self.blur_width)))
 
     def load_official_state_dict(self, checkpoint: dict[str, dict[str, torch.Tensor]]) -> None:
         """Load a trained bottleneck and decoder under the names of the published code.

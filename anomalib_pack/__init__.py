@@ -18,6 +18,7 @@ A map, from the outside in::
     quantiles.py        quantiles of any number of scores
     blur.py             Gaussian blur of maps
     tiling.py           large images in tiles
+    region.py           what of an image is inspected, so that nothing else counts
     precision.py        what stays in float32 in a network of half precision
     progress.py         bars, or lines where there is no terminal
     resuming.py         what is trained is kept when the training is interrupted or fails

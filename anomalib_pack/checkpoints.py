@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from .checks import check_input_size
+from .region import build_region, check_region, region_of
 from .remeasuring import ValidatesForOtherSettings
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 PRE_PROCESSOR = "anomalib_pre_processor_config"  # Anomalib's key in a checkpoint
 CLASS_PATH = "class_path"  # key in a checkpoint: module and name of the model's class
 TRAINED_STATE = "trained_state"  # key in a checkpoint: arguments that are state of the trained model
+NO_STATE = {"region": None}  # of a checkpoint that says nothing of it
 COMPONENTS = ("pre_processor", "post_processor")  # those with a configuration in a checkpoint
 OPTIMIZER = ("lr", "weight_decay")  # for training alone, and its state in a checkpoint holds them
 EXECUTION = ("cache", "cache_budget")  # how a training runs, not what it comes to
@@ -43,15 +45,17 @@ class FollowsCheckpoint:
     _differing: tuple[str, ...] = ()  # arguments that the checkpoint had other values of, with both
 
     def setup(self, stage: str) -> None:
-        """Check the size of the images.
+        """Check the size of the images, and that the region lies in them as it was drawn.
 
         Raises:
-            ValueError: If the pre-processor resizes them to a size that the network cannot take.
+            ValueError: If the pre-processor resizes them to a size that the network cannot take, or the region lies
+                elsewhere.
         """
         super().setup(stage)
         # Outside training a checkpoint may come next, with other tiles and another size.
         if stage == "fit" or getattr(self.model, "tiler", None) is None:
             check_input_size(self)
+        check_region(self)
 
     @property
     def trained_state(self) -> dict[str, Any]:
@@ -59,10 +63,12 @@ class FollowsCheckpoint:
 
         A mixin that has some adds them to those of ``super()``, and takes them in :meth:`take_trained_state`.
         """
-        return {}
+        return {"region": region_of(self).given}
 
     def take_trained_state(self, state: dict[str, Any]) -> None:
         """Take a checkpoint's :attr:`trained_state`, before its tensors are loaded."""
+        if "region" in state and state["region"] != region_of(self).given:
+            self.model.region = build_region(state["region"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save class, state and components, and nothing, not `None`, of a transform that Anomalib cannot store."""
@@ -82,7 +88,7 @@ class FollowsCheckpoint:
             self.pre_processor = PreProcessor()
         super().on_load_checkpoint(checkpoint)
         self._say_what_the_components_are(checkpoint, given)
-        self._take_trained_state(checkpoint.get(TRAINED_STATE, {}))
+        self._take_trained_state(NO_STATE | checkpoint.get(TRAINED_STATE, {}))
         differing = self._differing_arguments(checkpoint)
         self._differing = tuple(differing.values())
         if trainer is None:
@@ -91,6 +97,7 @@ class FollowsCheckpoint:
             _replace_callback(trainer, component, getattr(self, name))
         if isinstance(trainer.datamodule, AnomalibDataModule):
             trainer.datamodule.setup(trainer.state.fn)  # it is set up, this only gives it the pre-processor's resize
+        check_region(self)
         self._warn_of_other_arguments(differing)
 
     def _take_trained_state(self, state: dict[str, Any]) -> None:

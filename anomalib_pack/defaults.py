@@ -34,6 +34,7 @@ from .post_processing import RankPreservingPostProcessor
 from .progress import ProgressLines
 from .quantizing import quantize_file
 from .reading import RefusesMisreadImages
+from .region import check_one_size
 from .resuming import KeepTraining
 from .tiling import check_tiler
 
@@ -152,6 +153,7 @@ class OneClassDefaults:
         """
         if input_size is None:
             check_any_size(self.pre_processor)
+            check_one_size(self)
         with AntialiasingByProducts(), giving_extra_outputs(self, extra_outputs):
             file = super().to_onnx(export_root, model_file_name, input_size, **kwargs)
         write_metadata(self, file, input_size)

@@ -83,7 +83,7 @@ def gathered_pass(
         tiles: of some tiles of an image from each process; with several, their order depends on the number of these.
     """
     tiled = getattr(module.model, "tiler", None) is not None
-    pieces = module.model.pieces if tiled else lambda images: [images]
+    pieces = getattr(module.model, "pieces", lambda images: [images])
     measures = (measure(images) for batch in one_pass(module, loader, description) for images in pieces(batch.image))
     gather = partial(gather_tiles if tiled else gather_shares, module)
     share = None

@@ -21,6 +21,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from anomalib_pack.metrics.samples import copied, select, unpadded_count
 from anomalib_pack.passes import validation_loader
 from anomalib_pack.quantiles import quantiles
+from anomalib_pack.region import region_of
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class RankPreservingPostProcessor(PostProcessor):
     - Thresholds are F1-adaptive where the validation set has anomalies, and else quantiles of its normal scores.
       Without masks the pixel threshold is a quantile of the pixels of normal images.
     - Labels are raw scores ``>=`` the threshold, the rule under which the F1-adaptive threshold is chosen.
+    - Where a model of the pack has a region, the pixels outside count for nothing.
 
     Without a validation run scores stay as they are and all labels are normal, with a warning.
 
@@ -213,6 +215,7 @@ class RankPreservingPostProcessor(PostProcessor):
         fields = ("pred_score", "anomaly_map", "gt_label", "gt_mask", "image_path")
         samples = copied(select(outputs, fields, slice(count)))
         check_finite(samples)
+        samples = region_of(pl_module).part_of(samples)
         super().on_validation_batch_end(trainer, pl_module, samples, batch, batch_idx, dataloader_idx)
         if self.enable_thresholding and samples.gt_mask is None and samples.gt_label is not None:
             self._update_with_normal_pixels(samples)

@@ -23,6 +23,8 @@ from anomalib.data.utils.tiler import Tiler
 from lightning.pytorch import Callback
 from torch import nn
 
+from .region import WHOLE_IMAGE, WholeImage
+
 Result = TypeVar("Result", bound=NamedTuple)
 
 CHUNK = 2**20  # ours: pixels of the tiles that a network sees at a time, which is 16 tiles of 256 x 256
@@ -31,13 +33,23 @@ CHUNK = 2**20  # ours: pixels of the tiles that a network sees at a time, which 
 class TakesTiles(nn.Module):
     """Mixin for networks that detect anomalies in images or in their tiles; it has no state dict.
 
+    Images are filled outside the region before they are cut. Of a tile that the region reaches into all counts, and
+    others are left out; the stitched map is cleared outside.
+
     Attributes:
+        region: What counts of images.
         tiler: Sizes of tile and stride; ``None`` for whole images. Its ``mode`` has no effect: nothing is filled up.
         random_tile_count: Tiles that are drawn of each image in training. 4 in Anomalib's ``Tiler``.
     """
 
+    region: WholeImage = WHOLE_IMAGE
     tiler: Tiler | None = None
     random_tile_count: int = 4
+
+    @property
+    def counted(self) -> WholeImage:
+        """What counts of what the network sees: of a tile all."""
+        return self.region if self.tiler is None else WHOLE_IMAGE
 
     @property
     def tiles(self) -> dict[str, Any] | None:
@@ -77,13 +89,12 @@ class TakesTiles(nn.Module):
 
     def drawn(self, images: torch.Tensor) -> torch.Tensor:
         """What is trained on: images (B, C, H, W) themselves, or random tiles of each (B n, C, h, w)."""
+        images = self.region.fill(images)
         if self.tiler is None:
             return images
         self.check_tiles(images.shape[-2:])
         tile = self.tiles["tile_size"]
-        count = self.random_tile_count * len(images)
-        ends = [size - side + 1 for size, side in zip(images.shape[-2:], tile, strict=True)]
-        places = zip(*(torch.randint(end, (count,)).tolist() for end in ends), strict=True)
+        places = self.region.random_places(images.shape[-2:], tile, self.random_tile_count * len(images))
         return torch.stack(
             [crop(images[index // self.random_tile_count], place, tile) for index, place in enumerate(places)]
         )
@@ -93,12 +104,13 @@ class TakesTiles(nn.Module):
 
         A graph that is exported has all tiles of all images at once.
         """
+        images = self.region.fill(images)
         if self.tiler is None:
             yield images
             return
         self.check_tiles(images.shape[-2:])
         tile = self.tiles["tile_size"]
-        places = [(y, x) for y in self._side(images, 0).starts for x in self._side(images, 1).starts]
+        places = [place for place, counts in self._places(images).items() if counts]
         if torch.compiler.is_exporting():
             yield torch.stack([crop(images, place, tile) for place in places], dim=1).flatten(0, 1)
             return
@@ -117,17 +129,32 @@ class TakesTiles(nn.Module):
         Returns:
             The same: of tiles the stitched maps and the highest scores.
         """
-        if self.tiler is None:
-            return detect(images)
         results = [detect(tiles) for tiles in self.pieces(images)]
-        sides = [self._side(images, axis) for axis in (0, 1)]
-        number = len(sides[0].starts) * len(sides[1].starts)
+        if self.tiler is None:
+            return results[0]
         return type(results[0])(
             *(
-                None if field[0] is None else join(torch.cat(field).unflatten(0, (-1, number)), *sides)
+                None if field[0] is None else self._joined(images, torch.cat(field))
                 for field in zip(*results, strict=True)
             )
         )
+
+    def _joined(self, images: torch.Tensor, of_tiles: torch.Tensor) -> torch.Tensor:
+        """Join what the tiles of images gave, of those that count: (B n, ...)."""
+        counts = list(self._places(images).values())
+        of_tiles = of_tiles.unflatten(0, (-1, sum(counts)))
+        if of_tiles.ndim == 2:
+            return of_tiles.amax(dim=1)
+        if not all(counts):  # where a tile does not count any other stands in for it: the map is cleared there
+            order = (np.cumsum(counts) - 1).clip(0)
+            of_tiles = of_tiles.index_select(1, torch.tensor(order, device=of_tiles.device))
+        return self.region.clear(join(of_tiles, self._side(images, 0), self._side(images, 1)))
+
+    def _places(self, images: torch.Tensor) -> dict[tuple[int, int], bool]:
+        """Where the tiles of images begin, row after row, and whether they count."""
+        rows, columns = (self._side(images, axis).starts for axis in (0, 1))
+        tile = self.tiles["tile_size"]
+        return {(y, x): self.region.reaches(images.shape[-2:], (y, x), tile) for y in rows for x in columns}
 
     def _side(self, images: torch.Tensor, axis: int) -> Side:
         tile, stride, border = self.tiles.values()
@@ -211,9 +238,7 @@ def crop(images: torch.Tensor, place: Sequence[int], tile: Sequence[int]) -> tor
 
 
 def join(of_tiles: torch.Tensor, rows: Side, columns: Side) -> torch.Tensor:
-    """Join what tiles gave, row after row: maps (B, N, C, h, w) to maps (B, C, H, W), scores (B, N) to the highest."""
-    if of_tiles.ndim == 2:
-        return of_tiles.amax(dim=1)
+    """Join maps of tiles, row after row: (B, N, C, h, w) to (B, C, H, W)."""
     grid = of_tiles.unflatten(1, (len(rows.starts), len(columns.starts)))  # (B, n, m, C, h, w)
     lines = grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # (B, C, n h, m w)
     return _blend(_blend(lines, rows).mT, columns).mT

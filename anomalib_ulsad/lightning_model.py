@@ -41,6 +41,7 @@ from anomalib_pack.passes import (
     validation_loader,
 )
 from anomalib_pack.quantiles import quantiles
+from anomalib_pack.region import Polygons, plain_region
 from anomalib_pack.remeasuring import ValidatesForOtherSettings
 from anomalib_pack.statistics import channel_sums, mean_and_std
 from anomalib_pack.tiling import FollowsTiles
@@ -93,6 +94,10 @@ class Ulsad(
             and the backbone does not run: ``"ram"``, ``"disk"``, ``"auto"`` for memory if there is room and else the
             disk, or ``None``. Results are the same; see :class:`~anomalib_pack.feature_cache.FeatureCache`.
         cache_budget: The most that they may take, in GB; ``None`` for half of what is free.
+        region: What of the image is inspected: polygons, each of at least three points [x, y] in fractions of the
+            image's width and height, or the path of a mask, whose content is kept and not 0 inside. Outside, the
+            image is filled with one colour, maps are 0, and nothing counts, see :mod:`anomalib_pack.region`. A
+            checkpoint's region, or that it has none, takes the place of this one.
         pre_processor: Must not contain ``Normalize``: the networks normalise plain RGB themselves.
         post_processor: As in all Anomalib models.
         evaluator: As in all Anomalib models. The default also reports each anomaly group.
@@ -131,6 +136,7 @@ class Ulsad(
         random_tile_count: int = 4,
         cache: Literal["auto", "ram", "disk"] | None = "auto",
         cache_budget: float | None = None,
+        region: Polygons | str | Path | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -146,7 +152,7 @@ class Ulsad(
         require("random_tile_count", random_tile_count, random_tile_count >= 1, "at least 1")
         allowed = ("attention", "feature", None)
         require("global_loss", global_loss, global_loss in allowed, f"one of {allowed}")
-        weights = plain(weights)
+        weights, region = plain(weights), plain_region(region)
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
@@ -165,6 +171,7 @@ class Ulsad(
             global_branch=global_loss is not None,
             local_global=local_global_loss,
             final_activation=final_activation,
+            region=region,
         )
         self.model.random_tile_count = random_tile_count
         self.loss = UlsadLoss(lambda_l, lambda_g, global_loss)
@@ -217,7 +224,7 @@ class Ulsad(
         sums = 0
         for batch in one_pass(self, loader, "Channel statistics"):
             for images in self.model.pieces(batch.image):
-                sums = sums + channel_sums(self.model.raw_features(images))
+                sums = sums + channel_sums(self.model.counted.take(self.model.raw_features(images)))
         # Ours: a channel that never changes carries no information; dividing by 1 keeps it finite.
         mean, std = mean_and_std(sum_over_processes(self, sums))
         self.model.feature_mean.copy_(mean)
@@ -232,7 +239,7 @@ class Ulsad(
         images, features = self.feature_cache(batch, self._frozen)
         if len(batch) == 1 and self.model.runs_global:
             return None
-        losses = self.loss(self.model.branches(images, features))
+        losses = self.loss(self.model.branches(images, features), self.model.counted)
         loss = torch.stack(list(losses.values())).sum()
         self.watch_loss(loss, batch.image_path)
         for name, value in losses.items():
@@ -260,13 +267,14 @@ class Ulsad(
         self.measured_with = self.settings
 
     def _raw_maps(self, images: torch.Tensor) -> torch.Tensor:
-        """Maps of the branches before Sec. 3.5, (n, branches, H, W), of tiled images every fourth row and column.
+        """Maps of the branches before Sec. 3.5, (n, branches, H, W), or the pixels of a region.
 
-        Ours: large maps of all validation images take a sixteenth of the memory, and a blur of 4 pixels leaves hardly
-        anything between.
+        Ours: of tiled images, every sixteenth pixel. Large maps of all validation images take less memory, and a blur
+        of 4 pixels leaves hardly anything between.
         """
-        maps = torch.cat([branch for branch in self.model.raw_maps(images) if branch is not None], dim=1)
-        return maps if self.model.tiler is None else maps[..., ::4, ::4].contiguous()
+        maps = torch.cat([branch for branch in self.model.raw_maps(images)[:2] if branch is not None], dim=1)
+        counted = self.model.region.take(maps)
+        return counted if self.model.tiler is None else counted[..., ::16].contiguous()
 
     def validation_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
         """Predict scores and maps of a batch."""

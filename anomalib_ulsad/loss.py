@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_pack.region import WHOLE_IMAGE, WholeImage
+
 from .anomaly_map import feature_distance
 from .torch_model import Branches
 
@@ -76,16 +78,18 @@ class UlsadLoss(nn.Module):
         self.lambda_g = lambda_g
         self.global_loss = global_loss
 
-    def forward(self, branches: Branches) -> dict[str, torch.Tensor]:
+    def forward(self, branches: Branches, region: WholeImage = WHOLE_IMAGE) -> dict[str, torch.Tensor]:
         """Compute the loss terms.
 
         Args:
             branches: Output of the networks in training mode.
+            region: At whose positions, for attention too.
 
         Returns:
             Scalars under the names ``local``, and ``global`` and ``local_global`` where those are switched on. The
             training loss is their sum.
         """
+        branches = Branches(*(None if features is None else region.take(features) for features in branches))
         losses = {"local": feature_distance(branches.local_features, branches.features, self.lambda_l).mean()}  # Eq. 1
         if branches.autoencoder is not None:
             losses["global"] = self._global(branches.autoencoder, branches.features)

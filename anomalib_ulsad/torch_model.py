@@ -23,6 +23,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_pack.backbones import FrozenBackbone
 from anomalib_pack.folding import Folding
+from anomalib_pack.region import Polygons, build_region
 from anomalib_pack.tiling import TakesTiles
 
 from .anomaly_map import feature_distance, normalise_map, smooth_map
@@ -202,6 +203,7 @@ class UlsadModel(TakesTiles):
         local_global: Let the FRN learn the autoencoder's output as well (Eq. 6). Without it the logical map compares
             the autoencoder with the features themselves (Table 3, rows 2, 3, 7 and 8).
         final_activation: See :class:`FeatureReconstructionNetwork`.
+        region: What of the image counts, see :func:`~anomalib_pack.region.build_region`.
 
     Example:
         >>> model = UlsadModel("resnet18", ["layer2", "layer3"], weights=None, feature_dim=16).eval()
@@ -226,8 +228,10 @@ class UlsadModel(TakesTiles):
         global_branch: bool = True,
         local_global: bool = True,
         final_activation: bool = True,
+        region: Polygons | str | Path | None = None,
     ) -> None:
         super().__init__()
+        self.region = build_region(region)
         self.feature_dim = feature_dim
         self.lambda_l = lambda_l
         self.lambda_g = lambda_g
@@ -303,24 +307,26 @@ class UlsadModel(TakesTiles):
 
     def _raw_maps(self, images: torch.Tensor) -> BranchMaps:
         branches = self.branches(images)
-        size = images.shape[-2:]
         structural = feature_distance(branches.local_features, branches.features, self.lambda_l)  # Eq. 7
+        structural = self._smooth(structural, images.shape[-2:])
         if branches.autoencoder is None:
-            return BranchMaps(smooth_map(structural, size), None)
+            return BranchMaps(structural, None, None if self.tiler is None else structural.amax(dim=(1, 2, 3)))
         target = branches.features if branches.global_features is None else branches.global_features
         logical = feature_distance(target, branches.autoencoder, self.lambda_g)  # Eq. 8
-        return BranchMaps(smooth_map(structural, size), smooth_map(logical, size))
+        return BranchMaps(structural, self._smooth(logical, images.shape[-2:]))
+
+    def _smooth(self, distance: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Smooth a map (B, h, w) to (B, 1, H, W), with what lies in the region."""
+        smoothed = self.counted.smooth(distance.unsqueeze(1), lambda maps: smooth_map(maps.squeeze(1), size))
+        return self.counted.clear(smoothed)
 
     def maps(self, images: torch.Tensor) -> BranchMaps:
         """Compute the normalised maps of both branches: 0 at q_alpha, 0.1 at q_beta of normal validation images."""
-        return self.over_tiles(images, self._maps)
-
-    def _maps(self, images: torch.Tensor) -> BranchMaps:
-        structural, logical, _ = self._raw_maps(images)
-        structural = normalise_map(structural, self.structural_quantiles)
-        if self.tiler is not None:
-            return BranchMaps(structural, None, structural.amax(dim=(1, 2, 3)))
-        return BranchMaps(structural, None if logical is None else normalise_map(logical, self.logical_quantiles))
+        maps = self.raw_maps(images)
+        quantiles = BranchMaps(self.structural_quantiles, self.logical_quantiles, self.structural_quantiles)
+        return BranchMaps(
+            *(None if raw is None else normalise_map(raw, known) for raw, known in zip(maps, quantiles, strict=True))
+        )
 
     def forward(self, images: torch.Tensor) -> Branches | InferenceBatch:
         """Run the model.

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_pack.region import WHOLE_IMAGE, WholeImage
+
 POOLING = 16  # side of the average pooling before the maximum, in pixels of the image; published code
 
 
@@ -41,19 +43,25 @@ def full_size(error: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(error.unsqueeze(1), size=size, mode="bilinear", align_corners=True)
 
 
-def image_score(anomaly_map: torch.Tensor, kind: str = "max") -> torch.Tensor:
+def image_score(anomaly_map: torch.Tensor, kind: str = "max", region: WholeImage = WHOLE_IMAGE) -> torch.Tensor:
     """Score images by their maps.
 
     Args:
         anomaly_map: (B, 1, H, W); for ``"max"`` H and W are at least 16.
         kind: ``"max"`` for the maximum of the averagely pooled map (Sec. 3.3), ``"mean"`` and ``"std"`` for mean and
             standard deviation of the map (published code; its authors take the mean for CIFAR-10).
+        region: What counts of the map. For ``"max"``, windows of which at least a half is inside.
 
     Returns:
         (B,), at least 0.
     """
     if kind == "mean":
-        return anomaly_map.mean(dim=(1, 2, 3))
+        return region.take(anomaly_map).mean(dim=(1, 2, 3))
     if kind == "std":
-        return anomaly_map.std(dim=(1, 2, 3), correction=0)  # of all pixels, not of a sample
-    return F.avg_pool2d(anomaly_map, POOLING, stride=1).amax(dim=(1, 2, 3))
+        return region.take(anomaly_map).std(dim=(1, 2, 3), correction=0)  # of all pixels, not of a sample
+    return region.smooth(anomaly_map, pooled, least=0.5).amax(dim=(1, 2, 3))
+
+
+def pooled(anomaly_map: torch.Tensor) -> torch.Tensor:
+    """Means of windows of a map, one at each pixel where a window fits."""
+    return F.avg_pool2d(anomaly_map, POOLING, stride=1)

@@ -25,6 +25,7 @@ from anomalib_pack.checkpoints import FollowsCheckpoint
 from anomalib_pack.checks import check_data, check_pre_processor, require
 from anomalib_pack.defaults import OneClassDefaults
 from anomalib_pack.feature_cache import FeatureCache
+from anomalib_pack.region import Polygons, plain_region
 from anomalib_pack.remeasuring import ValidatesForOtherSettings
 from anomalib_pack.tiling import FollowsTiles
 from anomalib_pack.training import EndsOnBadLoss, ValidatesAtTheEnd, spread_validations
@@ -95,6 +96,10 @@ class Uniad(
             and the backbone does not run: ``"ram"``, ``"disk"``, ``"auto"`` for memory if there is room and else the
             disk, or ``None``. Results are the same; see :class:`~anomalib_pack.feature_cache.FeatureCache`.
         cache_budget: The most that they may take, in GB; ``None`` for half of what is free.
+        region: What of the image is inspected: polygons, each of at least three points [x, y] in fractions of the
+            image's width and height, or the path of a mask, whose content is kept and not 0 inside. Outside, the
+            image is filled with one colour, maps are 0, and nothing counts, see :mod:`anomalib_pack.region`. A
+            checkpoint's region, or that it has none, takes the place of this one.
         pre_processor: Must not contain ``Normalize``: the backbone normalises plain RGB itself.
         post_processor: As in all Anomalib models.
         evaluator: As in all Anomalib models. The default also reports each category or anomaly group.
@@ -145,6 +150,7 @@ class Uniad(
         random_tile_count: int = 4,
         cache: Literal["auto", "ram", "disk"] | None = "auto",
         cache_budget: float | None = None,
+        region: Polygons | str | Path | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -153,7 +159,7 @@ class Uniad(
         require("lr", lr, lr > 0, "above 0")
         require("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
         require("random_tile_count", random_tile_count, random_tile_count >= 1, "at least 1")
-        weights = plain(weights)
+        weights, region = plain(weights), plain_region(region)
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
@@ -183,6 +189,7 @@ class Uniad(
             position_embedding=position_embedding,
             loss=loss,
             image_score=image_score,
+            region=region,
         )
         self.model.random_tile_count = random_tile_count
         self.loss = UniadLoss(loss)
@@ -219,7 +226,7 @@ class Uniad(
     def training_step(self, batch: ImageBatch, _batch_idx: int) -> STEP_OUTPUT:
         """Compute the reconstruction loss (Eq. 4)."""
         [features] = self.feature_cache(batch, lambda images: [self.model.features(self.model.drawn(images))])
-        loss = self.loss(self.model.reconstruct(features))
+        loss = self.loss(self.model.reconstruct(features), self.model.counted)
         self.watch_loss(loss, batch.image_path)
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, batch_size=len(batch))
         return {"loss": loss}

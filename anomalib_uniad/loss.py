@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_pack.region import WHOLE_IMAGE, WholeImage
+
 from .anomaly_map import reconstruction_error
 from .torch_model import Reconstruction
 
@@ -24,9 +26,9 @@ class UniadLoss(nn.Module):
         super().__init__()
         self.kind = kind
 
-    def forward(self, outputs: Reconstruction) -> torch.Tensor:
-        """Compute the loss, a scalar, from the networks' output in training mode."""
-        features, reconstruction = outputs
+    def forward(self, outputs: Reconstruction, region: WholeImage = WHOLE_IMAGE) -> torch.Tensor:
+        """Compute the loss, a scalar, from the networks' output in training mode, at the positions of a region."""
+        features, reconstruction = map(region.take, outputs)
         if self.kind == "mse":
             # Differs from the paper: Eqs. 4 and A1 sum over the channels, the published criterion averages.
             return F.mse_loss(reconstruction, features)

@@ -22,6 +22,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_pack.backbones import Backbone, FrozenBackbone
 from anomalib_pack.checks import require
+from anomalib_pack.region import Polygons, build_region
 from anomalib_pack.tiling import TakesTiles
 
 from .anomaly_map import POOLING, full_size, image_score, reconstruction_error
@@ -183,6 +184,7 @@ class UniadModel(TakesTiles):
         position_embedding: ``"learned"`` or ``"sine"``.
         loss: What the anomaly map measures, the loss that the model is trained with (Table A4).
         image_score: ``"max"``, ``"mean"`` or ``"std"`` of the anomaly map.
+        region: What of the image counts, see :func:`~anomalib_pack.region.build_region`.
 
     Raises:
         ValueError: If a value is impossible; the message names the argument.
@@ -217,6 +219,7 @@ class UniadModel(TakesTiles):
         position_embedding: str = "learned",
         loss: str = "mse",
         image_score: str = "max",
+        region: Polygons | str | Path | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("num_heads", num_heads), ("dim_feedforward", dim_feedforward)):
@@ -242,6 +245,7 @@ class UniadModel(TakesTiles):
         require("image_score", image_score, image_score in SCORES, f"one of {SCORES}")
         self.loss = loss
         self.image_score = image_score
+        self.region = build_region(region)
         self.grid = _pair("feature_size", feature_size)
         self.backbone = (Backbone if train_backbone else FrozenBackbone)(backbone, layers, weights)
         self.reconstruction = FeatureReconstruction(
@@ -303,10 +307,11 @@ class UniadModel(TakesTiles):
         return self.over_tiles(images, self._detect)
 
     def _detect(self, images: torch.Tensor) -> InferenceBatch:
-        result = self.reconstruct(self.features(images))
-        error = reconstruction_error(*result, self.loss)
-        anomaly_map = full_size(error, images.shape[-2:])
-        return InferenceBatch(pred_score=image_score(anomaly_map, self.image_score), anomaly_map=anomaly_map)
+        result, size = self.reconstruct(self.features(images)), images.shape[-2:]
+        error = reconstruction_error(*result, self.loss).unsqueeze(1)  # (B, 1, h, w)
+        anomaly_map = self.counted.clear(self.counted.smooth(error, lambda maps: full_size(maps.squeeze(1), size)))
+        score = image_score(anomaly_map, self.image_score, self.counted)
+        return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
 
     def load_official_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Load a trained reconstruction network under the names of the published code.

@@ -29,6 +29,7 @@ from anomalib_pack.coreset import ChunkedCoreset
 from anomalib_pack.defaults import OneClassDefaults
 from anomalib_pack.passes import gathered_pass, measures_of_normal_images, validation_loader
 from anomalib_pack.progress import hides_progress
+from anomalib_pack.region import Polygons, plain_region
 from anomalib_pack.remeasuring import ValidatesForOtherSettings
 from anomalib_pack.tiling import FollowsTiles
 from anomalib_pack.training import ValidatesAtTheEnd
@@ -88,6 +89,10 @@ class Unislad(
         patch_bank: Use the patch-level memory banks (PMB in Table III). Without them there is no anomaly map.
         image_distribution: Use the image-level distributions (IDM in Table III).
         pooling: How patches become an image vector: ``"lum+pmp"``, or ``"mean"``, ``"lum"`` or ``"pmp"`` of Table IV.
+        region: What of the image is inspected: polygons, each of at least three points [x, y] in fractions of the
+            image's width and height, or the path of a mask, whose content is kept and not 0 inside. Outside, the
+            image is filled with one colour, maps are 0, and nothing counts, see :mod:`anomalib_pack.region`. A
+            checkpoint's region, or that it has none, takes the place of this one.
         pre_processor: Must not contain ``Normalize``: the networks normalise plain RGB themselves.
         post_processor: As in all Anomalib models.
         evaluator: As in all Anomalib models. The default also reports each category or anomaly group.
@@ -135,6 +140,7 @@ class Unislad(
         patch_bank: bool = True,
         image_distribution: bool = True,
         pooling: Literal["lum+pmp", "mean", "lum", "pmp"] = "lum+pmp",
+        region: Polygons | str | Path | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -142,7 +148,7 @@ class Unislad(
     ) -> None:
         require("local_ratio", local_ratio, 0 <= local_ratio <= 1, "between 0 and 1")
         require("global_ratio", global_ratio, 0 <= global_ratio <= 1, "between 0 and 1")
-        weights, vit_weights = plain(weights), plain(vit_weights)
+        weights, vit_weights, region = plain(weights), plain(vit_weights), plain_region(region)
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
@@ -175,6 +181,7 @@ class Unislad(
             unit_length=unit_length,
             patch_bank=patch_bank,
             image_distribution=image_distribution,
+            region=region,
         )
         # Distributed training refuses a module without anything to train; this is the loss, and nothing reads it.
         self.nothing = nn.Parameter(torch.zeros(()))
@@ -257,7 +264,7 @@ class Unislad(
             kept.append(self.model.vectors(features))
             for coreset, patches in ((local, features.local_patches), (global_, features.global_patches)):
                 if patches is not None and self.model.has_banks:
-                    coreset.add(patch_rows(patches))
+                    coreset.add(patch_rows(self.model.counted.take(patches)))
         vectors = Vectors(*(None if rows[0] is None else torch.cat(rows) for rows in zip(*kept, strict=True)))
         self.model.fit(self._select(local, "local"), self._select(global_, "global"), vectors)
         self._log_recall(features)
@@ -282,7 +289,7 @@ class Unislad(
         banks["global"] = (self.model.global_bank, features.global_patches)
         for kind, (bank, patches) in banks.items():
             if bank is not None and bank.neighbors.kind != "flat":
-                rows = patch_rows(patches)
+                rows = patch_rows(self.model.counted.take(patches))
                 queries = bank.whitening(rows[torch.linspace(0, len(rows) - 1, RECALL_QUERIES).long().unique()])
                 recall = bank.neighbors.recall(queries)
                 logger.info("Recall of the %s index of %s patches: %.4f", bank.neighbors.kind, kind, recall)

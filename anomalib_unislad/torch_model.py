@@ -21,6 +21,7 @@ from anomalib_pack.blur import gaussian_blur
 from anomalib_pack.checks import require
 from anomalib_pack.neighbors import NearestNeighbors
 from anomalib_pack.precision import Float32State
+from anomalib_pack.region import Polygons, build_region
 from anomalib_pack.tiling import TakesTiles
 
 from .anomaly_map import class_similarity, fuse
@@ -120,6 +121,7 @@ class UnisladModel(TakesTiles):
         unit_length: Eq. 10.
         patch_bank: Patch score and anomaly map.
         image_distribution: Image vectors' scores.
+        region: What of the image counts, see :func:`~anomalib_pack.region.build_region`.
 
     Raises:
         ValueError: If a value is impossible; the message names the argument.
@@ -155,6 +157,7 @@ class UnisladModel(TakesTiles):
         unit_length: bool = False,
         patch_bank: bool = True,
         image_distribution: bool = True,
+        region: Polygons | str | Path | None = None,
     ) -> None:
         super().__init__()
         for name, value in {"w_i": w_i, "w_ig": w_ig, "w": w}.items():
@@ -169,6 +172,7 @@ class UnisladModel(TakesTiles):
         require("image_distribution", image_distribution, patch_bank or image_distribution, "True without patch_bank")
         self.w_i, self.w_ig, self.w = w_i, w_ig, w
         self.trim, self.power, self.pooling = trim, power, pooling
+        self.region = build_region(region)
         self.size_step = 1
         self.backbone = self.aggregator = self.vit = self.local_bank = self.global_bank = self.class_bank = None
         self.local_distribution = self.global_distribution = self.class_distribution = None
@@ -242,10 +246,14 @@ class UnisladModel(TakesTiles):
     def vectors(self, features: Features) -> Vectors:
         """Step 5: one vector for each image and kind (Eqs. 12 to 14)."""
         local, global_ = (
-            patches if patches is None else image_vector(patches.flatten(2).mT, self.pooling, self.power, self.trim)
+            None if patches is None else image_vector(self._rows(patches), self.pooling, self.power, self.trim)
             for patches in (features.local_patches, features.global_patches)
         )
         return Vectors(local, global_, features.class_token)
+
+    def _rows(self, patches: torch.Tensor) -> torch.Tensor:
+        """Patches (B, D, h, w) that count, (B, n, D)."""
+        return self.counted.take(patches).flatten(2).mT
 
     def fit(self, local_patches: torch.Tensor | None, global_patches: torch.Tensor | None, vectors: Vectors) -> None:
         """Steps 3 to 6, from the selected patches (n, D) and the vectors of all normal images."""
@@ -267,7 +275,8 @@ class UnisladModel(TakesTiles):
             global_ = distance_map(self.global_bank, features.global_patches)
             weight = self.local_share(features.class_token).view(-1, 1, 1, 1)
         if local is not None and global_ is not None:
-            global_ = interpolate(global_, size=local.shape[-2:], mode="bilinear", align_corners=False)
+            grid = local.shape[-2:]
+            global_ = self.counted.smooth(global_, lambda maps: resized(maps, grid))
         return fuse(global_, local, weight)
 
     def local_share(self, class_token: torch.Tensor) -> torch.Tensor:
@@ -284,7 +293,7 @@ class UnisladModel(TakesTiles):
                 distribution(rows) if distribution is not None else None
                 for distribution, rows in zip(distributions, vectors, strict=True)
             ]
-        return [*scores, None if patch_map is None else patch_map.amax(dim=(1, 2, 3))]
+        return [*scores, None if patch_map is None else self.counted.take(patch_map).amax(dim=(1, 2, 3))]
 
     def parts(self, raw: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Step 8, second half: the two parts (B,) of Eq. 21 from the scores, brought to one scale.
@@ -337,9 +346,19 @@ class UnisladModel(TakesTiles):
             score, parts = self.image_score(raw), self.parts(raw)
             if patch_map is None:
                 return Detection(score, None, *parts)
-            # Step 9, in the manner of PatchCore.
-            full = interpolate(patch_map, size=images.shape[-2:], mode="bilinear", align_corners=False)
-            return Detection(score, gaussian_blur(full, BLUR_WIDTH, SIGMA, border="reflect"), *parts)
+            size = images.shape[-2:]
+            smoothed = self.counted.smooth(patch_map, lambda maps: smooth(maps, size))
+            return Detection(score, self.counted.clear(smoothed), *parts)
+
+
+def resized(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Bring maps (B, 1, h, w) to another size."""
+    return interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def smooth(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Step 9, in the manner of PatchCore: bring maps (B, 1, h, w) to the size of the image and blur them."""
+    return gaussian_blur(resized(maps, size), BLUR_WIDTH, SIGMA, border="reflect")
 
 
 def build_vit(name: str, layer: int, weights: str | Path | None) -> FrozenBackbone:

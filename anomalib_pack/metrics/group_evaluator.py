@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from anomalib.data import Batch, MVTecLOCO
-from anomalib.metrics import AUROC, AnomalibMetric, F1Max, F1Score
+from anomalib.metrics import AUPIMO, AUPRO, AUROC, PIMO, AnomalibMetric, F1Max, F1Score
 from anomalib.metrics.evaluator import Evaluator
 from anomalib.post_processing import PostProcessor
 from lightning import LightningModule, Trainer
@@ -44,6 +44,9 @@ from anomalib_pack.metrics.original_size import (
 from anomalib_pack.metrics.roc import RocCorners
 from anomalib_pack.metrics.samples import belongs, copied, names_group, select, unpadded_count
 from anomalib_pack.metrics.spro import LIMITS, image_auroc, published_result
+
+if TYPE_CHECKING:
+    from anomalib_pack.region import WholeImage
 
 EVERY_GROUP = ""  # Group of the images that belong to every group.
 
@@ -91,6 +94,8 @@ class GroupEvaluator(Evaluator):
     evaluation, where the score of an image is the maximum of its map at that size. Without ``strict`` it is left out
     for data that does not tell defects, and with a warning where ``defects_config.json`` is missing or the model does
     not see whole images.
+
+    Where a model of the pack has a region, the pixels outside do not count: a defect is its part inside.
 
     ``mAD`` is the unweighted mean of AUROC, AP and F1-max of images and pixels and the pixel AUPRO, by their names in
     ``default_test_metrics``; without one of them it is not reported.
@@ -158,6 +163,9 @@ class GroupEvaluator(Evaluator):
         self._store.clear()
         self._areas.clear()
         self._table = None
+        object.__setattr__(self, "_region", _region_of(pl_module))  # as the post-processor below
+        if self._region.is_part:
+            _check_regions(self.test_metrics)
         self._find_originals(trainer, pl_module)
 
     def _find_originals(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -206,6 +214,24 @@ class GroupEvaluator(Evaluator):
     def _is_at_original_size(self, metric: AnomalibMetric) -> bool:
         fields = ORIGINAL_FIELDS if self.map_size == "original" else ("defects",)
         return not set(fields).isdisjoint(metric.fields)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT | None,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Update the validation metrics, with the pixels that count."""
+        region = _region_of(pl_module)
+        if not region.is_part:
+            super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+            return
+        _check_regions(self.val_metrics)
+        for metric in self.val_metrics:
+            metric.update(_counted(metric, select(batch, metric.fields, slice(None)), region))
 
     def on_test_batch_end(
         self,
@@ -346,7 +372,7 @@ class GroupEvaluator(Evaluator):
         # A process without images of the group has to take part in the synchronisation.
         for index in updates or [0]:
             samples, mask = self._store[index], members[index]
-            yield samples if mask.all() else select(samples, metric.fields, mask)
+            yield _counted(metric, samples if mask.all() else select(samples, metric.fields, mask), self._region)
 
     def _original_batches(self, metric: AnomalibMetric, group: str) -> Iterator[SimpleNamespace]:
         """One image at a time, because sizes differ and maps are large."""
@@ -365,7 +391,7 @@ class GroupEvaluator(Evaluator):
         batch = select(samples, self._batch_fields(metric), which)
         original = samples.originals[which][0]
         at_original = original.batch(metric.fields, self._post_processor, self._min_area)
-        return SimpleNamespace(**vars(batch), **vars(at_original))
+        return _counted(metric, SimpleNamespace(**vars(batch), **vars(at_original)), self._region)
 
     def _published_results(self, trainer: Trainer) -> dict[str, dict]:
         """Results of MVTec LOCO's categories in the format of the published evaluation, by category."""
@@ -413,6 +439,31 @@ def _min_area(trainer: Trainer) -> int:
     from anomalib_pack.records import WriteRecords  # noqa: PLC0415  # which needs this module
 
     return max((each.settings.min_area for each in trainer.callbacks if isinstance(each, WriteRecords)), default=0)
+
+
+def _region_of(pl_module: LightningModule) -> "WholeImage":
+    from anomalib_pack.region import region_of  # noqa: PLC0415  # it needs data sets, and they need metrics
+
+    return region_of(pl_module)
+
+
+def _check_regions(metrics: Iterable[AnomalibMetric]) -> None:
+    """Refuse metrics that would count the pixels outside."""
+    whole = [metric.name for metric in metrics if isinstance(metric, AUPRO | AUPIMO | PIMO)]
+    if whole:
+        msg = (
+            f"Anomalib's {', '.join(whole)} cannot leave out the pixels outside a model's region: take "
+            "anomalib_pack.metrics.pixel.AUPRO, or one without connected regions."
+        )
+        raise ValueError(msg)
+
+
+def _counted(metric: AnomalibMetric, batch: SimpleNamespace, region: "WholeImage") -> SimpleNamespace:
+    """What a metric sees of a batch, where pixels outside a region do not count."""
+    maps = getattr(batch, "anomaly_map", None)
+    if not region.is_part or not isinstance(metric, pixel.CountsInside) or maps is None:
+        return region.part_of(batch)
+    return SimpleNamespace(**vars(batch), inside=region.inside(maps.shape[-2:], maps.device))
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -52,30 +52,35 @@ class _PixelMetric(Metric):
         for state in ("normal", "anomalous", "weights"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor, inside: Tensor | None = None) -> None:
         """Add maps and masks.
 
         Args:
             preds: Anomaly maps, shape (B, 1, H, W) or (B, H, W), of any range; compared in float32.
             target: Masks of the same size, shape (B, 1, H, W) or (B, H, W), nonzero where anomalous.
+            inside: Pixels that count, Boolean, shape (H, W); None for all. An anomalous region is its part in them.
 
         Raises:
             ValueError: If the shapes differ, or a score is NaN.
         """
-        for states, part in zip((self.normal, self.anomalous, self.weights), self.split(preds, target), strict=True):
+        parts = self.split(preds, target, inside)
+        for states, part in zip((self.normal, self.anomalous, self.weights), parts, strict=True):
             states.append(part)
 
     @staticmethod
-    def split(preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split(preds: Tensor, target: Tensor, inside: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Split pixels into what the curve is made of. Metrics with the same split have one curve.
 
         Returns:
             Scores of normal pixels, scores of anomalous ones, and how much each of these adds to the overlaps.
         """
         scores, masks = _checked(preds, target)
+        normal = ~masks
+        if inside is not None:
+            normal, masks = normal & inside, masks & inside
         # Not by indexing, which takes several times as long.
         return (
-            scores.masked_select(~masks),
+            scores.masked_select(normal),
             scores.masked_select(masks),
             _on(1 / region_areas(masks).cpu().double(), scores.device),
         )
@@ -95,7 +100,15 @@ class _PixelMetric(Metric):
         """Read the metric off the curve."""
 
 
-class PixelMetric(AnomalibMetric, _PixelMetric):
+class CountsInside:
+    """Mixin for metrics with which some pixels may not count; stands before ``AnomalibMetric``."""
+
+    def update(self, batch: Any) -> None:
+        """Add a batch; ``inside``, if it has that, tells which pixels count."""
+        super().update(batch, inside=getattr(batch, "inside", None))
+
+
+class PixelMetric(CountsInside, AnomalibMetric, _PixelMetric):
     """Base of the metrics here: they have their curve in common, which is nearly all the work."""
 
     default_fields = ("anomaly_map", "gt_mask")
@@ -112,7 +125,8 @@ class PixelMetric(AnomalibMetric, _PixelMetric):
 
     def _splits(self, batches: Callable[[], Iterable[Any]]) -> Iterator[tuple[Tensor, ...]]:
         for batch in batches():
-            normal, anomalous, weights = self.split(*(getattr(batch, field) for field in self.fields))
+            fields = [getattr(batch, field) for field in self.fields]
+            normal, anomalous, weights = self.split(*fields, getattr(batch, "inside", None))
             yield normal.cpu(), anomalous.cpu(), weights.cpu().double()
 
     def _set_limit(self, fpr_limit: float, default: float) -> None:
@@ -225,12 +239,15 @@ class SPRO(PixelMetric):
         self._set_limit(fpr_limit, DEFAULT_LIMIT)
 
     @staticmethod
-    def split(preds: Tensor, target: Sequence[Sequence[Defect]]) -> tuple[Tensor, Tensor, Tensor]:
+    def split(
+        preds: Tensor, target: Sequence[Sequence[Defect]], inside: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Split pixels into what the curve is made of.
 
         Args:
             preds: Anomaly maps of the size of the image files, shape (B, 1, H, W) or (B, H, W), of any range.
             target: Defects of each image.
+            inside: Pixels that count, Boolean, shape (H, W); None for all.
 
         Returns:
             Scores of normal pixels, scores of those that are counted for defects, and how much each of these adds.
@@ -239,7 +256,7 @@ class SPRO(PixelMetric):
             ValueError: If the size of a map is not that of its defects, or a score is NaN.
         """
         scores = _checked_scores(preds)
-        parts = [weigh(image, found) for image, found in zip(scores, target, strict=True)]
+        parts = [weigh(image, found, inside=inside) for image, found in zip(scores, target, strict=True)]
         empty = torch.empty(0)
         normal, counted, weights = map(torch.cat, zip((empty, empty, empty.double()), *parts, strict=True))
         return normal.to(scores.device), counted.to(scores.device), _on(weights, scores.device)
@@ -262,17 +279,18 @@ class _AUPROPerImage(Metric):
         super().__init__(**kwargs)
         self.add_state("values", default=[], dist_reduce_fx="cat")
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor, inside: Tensor | None = None) -> None:
         """Add maps and masks, as those of :class:`AUPRO`.
 
         Raises:
             ValueError: If the shapes differ, or a score is NaN.
         """
-        scores, masks = _checked(preds, target)
+        scores, masks = (part.cpu() for part in _checked(preds, target))
+        counted = torch.ones(masks.shape[1:], dtype=torch.bool) if inside is None else inside.cpu()
         found = [
-            _curve(image, mask).aupro(DEFAULT_FPR_LIMIT)
-            for image, mask in zip(scores.cpu(), masks.cpu(), strict=True)
-            if mask.any() and not mask.all()
+            _curve(image, mask, counted).aupro(DEFAULT_FPR_LIMIT)
+            for image, mask in zip(scores, masks, strict=True)
+            if (mask & counted).any() and (~mask & counted).any()
         ]
         self.values.append(torch.tensor(found, device=preds.device))
 
@@ -285,7 +303,7 @@ class _AUPROPerImage(Metric):
         return values.mean()
 
 
-class AUPROPerImage(AnomalibMetric, _AUPROPerImage):
+class AUPROPerImage(CountsInside, AnomalibMetric, _AUPROPerImage):
     """Mean of the AUPROs of single images, called ``AUPRO_per_image``.
 
     Each image has a curve of its own: false positive rate and mean overlap count its own pixels and regions. So a
@@ -336,9 +354,9 @@ def _checked_scores(maps: Tensor) -> Tensor:
     return scores
 
 
-def _curve(image: Tensor, mask: Tensor) -> RocCorners:
-    """Curve of a single image: map and mask of shape (H, W) on the CPU."""
-    return roc_corners(*PixelMetric.split(image.unsqueeze(0), mask.unsqueeze(0)))
+def _curve(image: Tensor, mask: Tensor, inside: Tensor) -> RocCorners:
+    """Curve of a single image: map, mask and the pixels that count, of shape (H, W) on the CPU."""
+    return roc_corners(*PixelMetric.split(image.unsqueeze(0), mask.unsqueeze(0), inside))
 
 
 def region_areas(masks: Tensor) -> Tensor:

@@ -138,13 +138,17 @@ def image_curve(scores: Tensor, is_anomalous: Sequence[bool]) -> RocCorners:
     return roc_corners(scores[~anomalous], scores[anomalous], ones)
 
 
-def weigh(scores: Tensor, defects: Sequence[Defect], name: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def weigh(
+    scores: Tensor, defects: Sequence[Defect], name: str | None = None, inside: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Take the pixels of an image that count.
 
     Args:
         scores: Anomaly map, (H, W).
         defects: Defects of the image.
         name: Kind of the defects that count; None for all.
+        inside: Pixels that count, Boolean, (H, W); None for all. A defect is its part in them, with a saturation area
+            of at most that part; one that has none does not count.
 
     Returns:
         Scores of the pixels free of all defects, (N,), which may share the memory of the map; scores of the pixels that
@@ -157,21 +161,23 @@ def weigh(scores: Tensor, defects: Sequence[Defect], name: str | None = None) ->
     """
     # NumPy selects pixels many times faster than PyTorch.
     flat = scores.cpu().numpy().ravel()
-    is_free = np.ones(len(flat), dtype=bool)
+    counts = np.ones(len(flat), dtype=bool) if inside is None else inside.cpu().numpy().ravel()
+    is_free = counts.copy()
     positions, rises = [np.empty(0, dtype=np.int64)], [np.empty(0)]
     for defect in defects:
-        inside = np.flatnonzero(defect.mask.cpu().numpy())
-        _check(defect, scores.shape, len(inside))
-        is_free[inside] = False
-        if name in {None, defect.name}:
+        pixels = np.flatnonzero(defect.mask.cpu().numpy())
+        _check(defect, scores.shape, len(pixels))
+        is_free[pixels] = False
+        pixels = pixels[counts[pixels]]
+        if name in {None, defect.name} and len(pixels):
             # Which ones of equal scores are taken does not matter: they are one threshold.
-            count = defect.saturation_area
-            positions.append(inside[np.argpartition(flat[inside], -count)[-count:]])
+            count = min(defect.saturation_area, len(pixels))
+            positions.append(pixels[np.argpartition(flat[pixels], -count)[-count:]])
             rises.append(np.full(count, 1 / count))
     counted, which = np.unique(np.concatenate(positions), return_inverse=True)
     weights = np.zeros(len(counted))
     np.add.at(weights, which, np.concatenate(rises))
-    free = flat[is_free] if defects else flat
+    free = flat if is_free.all() else flat[is_free]
     return torch.from_numpy(free), torch.from_numpy(flat[counted]), torch.from_numpy(weights)
 
 

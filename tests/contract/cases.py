@@ -47,6 +47,7 @@ CASES = {
         },
         epochs=1,
         impossible={
+            "region": [[[0.0, 0.0], [1.0, 1.0]]],  # two points
             "teacher_out_channels": 0,
             "model_size": "large",
             "lr": 0.0,
@@ -73,6 +74,7 @@ CASES = {
         },
         epochs=4,
         impossible={
+            "region": [[[0.0, 0.0], [1.0, 1.0]]],  # two points
             "variant": "fx",
             "encoder": "timm:resnet18.no_such_tag",
             "loss": "l1",
@@ -106,6 +108,7 @@ CASES = {
         },
         epochs=14,
         impossible={
+            "region": [[[0.0, 0.0], [1.0, 1.0]]],  # two points
             "feature_dim": 0,
             "lambda_l": -0.1,
             "lambda_g": -0.1,
@@ -139,6 +142,7 @@ CASES = {
         },
         epochs=14,
         impossible={
+            "region": [[[0.0, 0.0], [1.0, 1.0]]],  # two points
             "backbone": "no_such_network",
             "layers": ["no_such_layer"],
             "feature_size": 7,  # no larger than the window of hidden neighbours
@@ -181,6 +185,7 @@ CASES = {
         },
         epochs=1,
         impossible={
+            "region": [[[0.0, 0.0], [1.0, 1.0]]],  # two points
             "backbone": "no_such_network",
             "blocks": ["no_such_layer"],
             "vit": "resnet18",  # no transformer
