@@ -22,7 +22,7 @@ from anomalib_pack.precision import Float32State
 from anomalib_pack.region import Polygons, build_region
 
 HARD = 0.999  # p_hard, quantile of the distances from which on they count (Alg. 1, line 19)
-PADDING = 4  # of maps at each edge, where they are padded: what Tables 1 and 2 pad, less what Anomalib does not
+PADDING = 4  # of maps at each edge, where Anomalib pads them: what convolutions without padding lose
 MINIMUM_SIZE = 256  # the autoencoder's EncConv-6 needs an 8 x 8 input, five halvings away from the image (Table 3)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # comments on Alg. 1 and 2
 IMAGENET_STD = (0.229, 0.224, 0.225)
