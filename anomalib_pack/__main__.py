@@ -1,9 +1,4 @@
-"""`python -m anomalib_pack`: what is plugged into Anomalib, and the versions of what it runs on.
-
-`python -m anomalib_pack check --data CLASS ...` looks at a data set before a training.
-`python -m anomalib_pack evaluate --maps DIR --data CLASS ... --out OUT` computes metrics of anomaly maps in files.
-`python -m anomalib_pack recalibrate --ckpt_path FILE --normal DIR ... --out NEW` sets thresholds anew.
-"""
+"""`python -m anomalib_pack`: what is plugged into Anomalib, and the versions of what it runs on; and commands."""
 
 import argparse
 import importlib
@@ -15,46 +10,49 @@ from anomalib_pack._autoload import GROUPS
 from anomalib_pack.plugins import Plugin, plugins
 from anomalib_pack.tables import aligned
 
+# Commands, with the module whose `run` takes the arguments, prints, and returns the exit status; and what they do.
+COMMANDS = {
+    "check": ("anomalib_pack.data_check.command", "read a data set once before a training"),
+    "evaluate": ("anomalib_pack.evaluation.command", "compute metrics of anomaly maps in files"),
+    "recalibrate": ("anomalib_pack.recalibration.command", "set the thresholds of a trained model anew"),
+}
+
 
 def main() -> int:
-    """Print the table of plugins and the versions, check a data set, evaluate maps or recalibrate a model.
+    """Run a command, or print the table of plugins and the versions.
 
     Returns:
         Exit status: 1 if Anomalib or a plugin could not be loaded or what a command works on has an error, else 0.
     """
-    if sys.argv[1:2] == ["check"]:
-        from anomalib_pack.data_check.command import run  # noqa: PLC0415  # the table works without Anomalib
-
-        text, errors = run(sys.argv[2:])
-        print(text)
-        return int(errors > 0)
-    if sys.argv[1:2] == ["evaluate"]:
-        from anomalib_pack.evaluation.command import run  # noqa: PLC0415  # as above
-
-        try:
-            run(sys.argv[2:])
-        except (OSError, RuntimeError, ValueError) as error:  # of data and maps; the message names the file
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        return 0
-    if sys.argv[1:2] == ["recalibrate"]:
-        from anomalib_pack.recalibration.command import run  # noqa: PLC0415  # as above
-
-        try:
-            print(run(sys.argv[2:]))
-        except (OSError, RuntimeError, ValueError) as error:  # of checkpoint, images and arguments
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        return 0
-    parser = argparse.ArgumentParser(prog="python -m anomalib_pack", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    as_json = parser.parse_args().json
-
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        return _run(*sys.argv[1:])
+    given = _parser().parse_args()
     errors = [error for error in map(_import_error, GROUPS) if error]  # importing Anomalib's modules loads the plugins
     found = plugins()
     report = {"plugins": [_row(plugin) for plugin in found], "errors": errors, "versions": _versions()}
-    print(json.dumps(report, indent=2) if as_json else _as_text(report))
+    print(json.dumps(report, indent=2) if given.json else _as_text(report))
     return int(bool(errors) or not all(plugin.loaded for plugin in found))
+
+
+def _run(command: str, *arguments: str) -> int:
+    module = importlib.import_module(COMMANDS[command][0])  # not before: the table works without Anomalib
+    try:
+        return module.run(arguments)
+    except (OSError, RuntimeError, ValueError) as error:  # of arguments and files; the message names them
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m anomalib_pack",
+        description="Without a command: list what is plugged into Anomalib, and the versions of what it runs on.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", help="COMMAND --help says more")
+    for name, (_, purpose) in COMMANDS.items():
+        commands.add_parser(name, help=purpose)
+    return parser
 
 
 def _import_error(module_name: str) -> str:

@@ -1,10 +1,13 @@
-"""Files that are whole or absent, whatever happens while they are written."""
+"""Files and folders that are whole or absent, whatever happens while they are written."""
 
 from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -41,6 +44,25 @@ def replace_tensors(path: Path, content: Any) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     replace_file(path, buffer.getbuffer())
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder to fill, which then gets its name.
+
+    It is a hidden one beside, ``.writing-*``, which stays if the process is killed, and may be deleted. If another
+    process was faster, its folder stays.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
+        written = Path(temporary) / folder.name
+        written.mkdir()
+        yield written
+        try:
+            written.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
 
 
 def unwritable(path: Path, error: OSError) -> OSError:

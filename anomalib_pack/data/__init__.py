@@ -8,7 +8,8 @@ Map::
     first_look.py       what headers and a few masks tell before a run
     grouped.py          image and batch with the group they belong to
     image_files.py      listing images and the one way to read them, with errors that name the file
-    masked.py           dataset of images with masks, and MVTec AD's layout
+    masked.py           dataset of images with masks
+    mvtec_layout.py     MVTec AD's layout, of AeBAD-S and GoodsAD
     masks.py            reading masks
     multi_category.py   several categories of any data set for one model, group by category, from
         categories.py       where categories come from
@@ -17,7 +18,7 @@ Map::
         defects_config.py   the defects of an image, and how much of each has to be found
     predict.py          images without labels
     synthetic_loco.py   a rendered data set in MVTec LOCO's format
-    validation.py       datamodules whose data set has no validation images
+    validation.py       datamodules without a validation set, or whose data set has no images for it
     vanished.py         anomalies that a model's resize or crop removes
 """
 

@@ -20,11 +20,8 @@ from anomalib.utils.path import resolve_dataset_root
 from pandas import DataFrame
 from torchvision.transforms.v2 import Transform
 
-from anomalib_pack.data.first_look import LooksAtFiles
-from anomalib_pack.data.image_files import check_white_level, require_folder
-from anomalib_pack.data.masked import MaskedImageDataset, make_mvtec_samples
-from anomalib_pack.data.validation import OptionalValidation, check_val_split_mode
-from anomalib_pack.data.vanished import ReportsVanished
+from anomalib_pack.data.masked import MaskedImageDataset
+from anomalib_pack.data.mvtec_layout import MVTecLayout, make_mvtec_samples
 
 # The part of the data set that is read.
 SUBSET = "AeBAD_S"
@@ -86,7 +83,7 @@ def make_dataset(root: Path, split: str | Split) -> DataFrame:
     return samples
 
 
-class AeBAD(LooksAtFiles, ReportsVanished, OptionalValidation, AnomalibDataModule):
+class AeBAD(MVTecLayout, AnomalibDataModule):
     """AeBAD-S with the domains as groups, by which :class:`~anomalib_pack.metrics.GroupEvaluator` reports metrics.
 
     The data set has no validation images. By default a tenth of the training images are held back, all of them normal,
@@ -124,6 +121,8 @@ class AeBAD(LooksAtFiles, ReportsVanished, OptionalValidation, AnomalibDataModul
         'AeBAD_S'
     """
 
+    remedy = REMEDY
+
     def __init__(
         self,
         root: Path | str | None = "./datasets/AeBAD",
@@ -155,11 +154,10 @@ class AeBAD(LooksAtFiles, ReportsVanished, OptionalValidation, AnomalibDataModul
             val_split_mode=val_split_mode,
             val_split_ratio=val_split_ratio,
             seed=seed,
+            white_level=white_level,
         )
-        check_val_split_mode(self.val_split_mode)
         self.root = resolve_dataset_root(root, "AeBAD")
         self.vanished_as_normal = vanished_as_normal
-        self.white_level = check_white_level(white_level)
 
     @property
     def name(self) -> str:
@@ -172,17 +170,13 @@ class AeBAD(LooksAtFiles, ReportsVanished, OptionalValidation, AnomalibDataModul
 
     @property
     def _image_root(self) -> str:
-        return str(self.root / SUBSET)
+        return str(self.folder)
 
-    def prepare_data(self) -> None:
-        """Check that the data set is there. Nothing is downloaded.
+    @property
+    def folder(self) -> Path:
+        """The folder ``AeBAD_S``."""
+        return self.root / SUBSET
 
-        Raises:
-            FileNotFoundError: If it is not; the message says where to get the data set.
-        """
-        require_folder(self.root / SUBSET, REMEDY)
-
-    def _setup(self, _stage: str | None = None) -> None:
-        """List the images of both splits; Anomalib's base class then applies the split modes."""
-        self.train_data = AeBADDataset(self.root, split=Split.TRAIN, white_level=self.white_level)
-        self.test_data = AeBADDataset(self.root, split=Split.TEST, white_level=self.white_level)
+    def read(self, split: Split) -> AeBADDataset:
+        """List the images of a split."""
+        return AeBADDataset(self.root, split=split, white_level=self.white_level)

@@ -19,7 +19,7 @@ from anomalib.data.datasets.image.autovi import CATEGORIES as AUTOVI_CATEGORIES
 from anomalib.data.utils import TestSplitMode, ValSplitMode
 from anomalib.data.utils.path import contains_non_printable_characters
 
-from anomalib_pack.data.synthetic_loco import SCENES
+from anomalib_pack.rendering.writing import SCENES
 
 # Depth images have no place in a batch of images; Kaputt keeps its categories in tables, not in folders.
 UNUSABLE = {"ADAM3D", "Kaputt", "MVTec3D"}

@@ -10,8 +10,7 @@ whose ``image_path`` does not exist.
 
 import logging
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from anomalib.data import AnomalibDataModule, ImageItem
@@ -26,7 +25,8 @@ from torchvision.transforms.v2 import Transform
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_pack.data.image_files import ReadsImages, read_image
-from anomalib_pack.data.validation import OptionalValidation
+from anomalib_pack.data.validation import NoValidationImages
+from anomalib_pack.files import new_folder
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def _image_files(root: Path, split: Split, name: str) -> list[Path]:
     return paths
 
 
-class CIFAR10Unified(OptionalValidation, AnomalibDataModule):
+class CIFAR10Unified(NoValidationImages, AnomalibDataModule):
     """CIFAR-10 with five normal and five anomalous classes.
 
     The training set has the 25 000 training images of the normal classes, less those that validation takes; the test
@@ -166,6 +166,10 @@ class CIFAR10Unified(OptionalValidation, AnomalibDataModule):
     """
 
     looks_at_files = False  # prepare_data wrote them
+    impossible: ClassVar = {
+        **NoValidationImages.impossible,
+        ValSplitMode.SYNTHETIC: "Anomalib would take the 32x32 images for it, whatever the image_size",
+    }
 
     def __init__(
         self,
@@ -197,7 +201,6 @@ class CIFAR10Unified(OptionalValidation, AnomalibDataModule):
             seed=seed,
         )
         _check_normal_classes(normal_classes)
-        _check_val_split_mode(self.val_split_mode)
         self.root = resolve_dataset_root(root, "CIFAR10")
         self.image_size = _height_and_width(image_size)
         self.category = normal_classes
@@ -222,16 +225,9 @@ class CIFAR10Unified(OptionalValidation, AnomalibDataModule):
         else:
             _check_downloadable(self.root)
         splits = {Split.TRAIN: _load(self.root, train=True), Split.TEST: _load(self.root, train=False)}
-        with TemporaryDirectory(dir=self.root, prefix=".writing-") as temporary:
-            written = Path(temporary) / IMAGE_FOLDER
+        with new_folder(folder) as written:
             for split, images in splits.items():
                 _write_images(written / split.value, images)
-            try:
-                written.rename(folder)
-            except OSError:
-                # Another process may have been faster; it wrote the same images.
-                if not folder.is_dir():
-                    raise
 
     def _setup(self, _stage: str | None = None) -> None:
         """List the images of both splits; Anomalib's base class then applies the split mode."""
@@ -243,16 +239,6 @@ def _check_normal_classes(normal_classes: NormalClasses) -> None:
     if normal_classes not in get_args(NormalClasses):
         hint = "" if isinstance(normal_classes, str) else " In YAML, put it in quotes: without them it is a number."
         msg = f"normal_classes must be one of {', '.join(get_args(NormalClasses))}, got {normal_classes!r}.{hint}"
-        raise ValueError(msg)
-
-
-def _check_val_split_mode(mode: ValSplitMode) -> None:
-    reasons = {
-        ValSplitMode.FROM_DIR: "CIFAR-10 has no validation images of its own",
-        ValSplitMode.SYNTHETIC: "Anomalib would take the 32x32 images for it, whatever the image_size",
-    }
-    if mode in reasons:
-        msg = f"val_split_mode must be from_train, from_test, same_as_test or none, got {mode.value}: {reasons[mode]}."
         raise ValueError(msg)
 
 

@@ -19,11 +19,8 @@ from anomalib.data.utils import Split, TestSplitMode, ValSplitMode
 from anomalib.utils.path import resolve_dataset_root
 from torchvision.transforms.v2 import Transform
 
-from anomalib_pack.data.first_look import LooksAtFiles
-from anomalib_pack.data.image_files import check_white_level, require_folder
-from anomalib_pack.data.masked import MaskedImageDataset, make_mvtec_samples
-from anomalib_pack.data.validation import OptionalValidation, check_val_split_mode
-from anomalib_pack.data.vanished import ReportsVanished
+from anomalib_pack.data.masked import MaskedImageDataset
+from anomalib_pack.data.mvtec_layout import MVTecLayout, make_mvtec_samples
 
 CATEGORIES = ("cigarette_box", "drink_bottle", "drink_can", "food_bottle", "food_box", "food_package")
 
@@ -69,7 +66,7 @@ class GoodsADDataset(MaskedImageDataset):
         self.samples = make_mvtec_samples(root_category, split, IMG_EXTENSIONS, REMEDY)
 
 
-class GoodsAD(LooksAtFiles, ReportsVanished, OptionalValidation, AnomalibDataModule):
+class GoodsAD(MVTecLayout, AnomalibDataModule):
     """One category of GoodsAD; :class:`~anomalib_pack.data.MultiCategory` joins several.
 
     The data set has no validation images. By default a tenth of the training images are held back, all of them normal,
@@ -104,6 +101,8 @@ class GoodsAD(LooksAtFiles, ReportsVanished, OptionalValidation, AnomalibDataMod
         ('GoodsAD', 'drink_can')
     """
 
+    remedy = REMEDY
+
     def __init__(
         self,
         root: Path | str | None = "./datasets/GoodsAD",
@@ -135,21 +134,16 @@ class GoodsAD(LooksAtFiles, ReportsVanished, OptionalValidation, AnomalibDataMod
             val_split_mode=val_split_mode,
             val_split_ratio=val_split_ratio,
             seed=seed,
+            white_level=white_level,
         )
-        check_val_split_mode(self.val_split_mode)
         self.root = resolve_dataset_root(root, "GoodsAD")
         self.category = category
-        self.white_level = check_white_level(white_level)
 
-    def prepare_data(self) -> None:
-        """Check that the category is there. Nothing is downloaded.
+    @property
+    def folder(self) -> Path:
+        """Folder of the category."""
+        return self.root / self.category
 
-        Raises:
-            FileNotFoundError: If it is not; the message says where to get the data set.
-        """
-        require_folder(self.root / self.category, REMEDY)
-
-    def _setup(self, _stage: str | None = None) -> None:
-        """List the images of both splits; Anomalib's base class then applies the split modes."""
-        self.train_data = GoodsADDataset(self.root, self.category, split=Split.TRAIN, white_level=self.white_level)
-        self.test_data = GoodsADDataset(self.root, self.category, split=Split.TEST, white_level=self.white_level)
+    def read(self, split: Split) -> GoodsADDataset:
+        """List the images of a split."""
+        return GoodsADDataset(self.root, self.category, split=split, white_level=self.white_level)

@@ -5,17 +5,14 @@ from pathlib import Path
 
 import torch
 from anomalib.data.datasets.base import AnomalibDataset
-from anomalib.data.utils import LabelName, Split
+from anomalib.data.utils import LabelName
 from pandas import DataFrame, Series
 from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Mask
 
 from anomalib_pack.data.grouped import GroupedImageBatch, GroupedImageItem
-from anomalib_pack.data.image_files import ReadsImages, list_images, list_split, read_image
+from anomalib_pack.data.image_files import ReadsImages, read_image
 from anomalib_pack.data.masks import read_union
-
-# Masks are lossless in all data sets that are read here.
-MASK_EXTENSIONS = (".png", ".PNG")
 
 
 class MaskedImageDataset(ReadsImages, AnomalibDataset):
@@ -80,60 +77,3 @@ def sample_of(samples: DataFrame, image_path: str) -> Series:
         msg = f"{image_path} is no image of the data set."
         raise ValueError(msg)
     return rows.iloc[0]
-
-
-def make_mvtec_samples(
-    root: Path, split: str | Split, extensions: tuple[str, ...], remedy: str, levels: str = "*"
-) -> DataFrame:
-    """List the images of a split in MVTec AD's layout.
-
-    Images are in ``<root>/<split>/<label>/``, or in folders below; ``label`` is ``good`` or the type of defect. The
-    mask of an anomalous image has the stem of its name, and below ``<root>/ground_truth/`` the path that the image has
-    below ``<root>/<split>/``.
-
-    Args:
-        root: Folder that holds ``train``, ``test`` and ``ground_truth``.
-        split: ``"train"`` or ``"test"``.
-        extensions: File name extensions of images, with the dot.
-        remedy: What to do if the folder of the split is missing, a sentence.
-        levels: Pattern of the folders that hold the images, relative to the split's.
-
-    Returns:
-        One row per image with the columns that Anomalib's datasets have: ``path``, ``split``, ``label``,
-        ``image_path``, ``mask_path``, ``label_index``.
-
-    Raises:
-        FileNotFoundError: If the folder of the split is missing.
-        RuntimeError: If the split has no images, or an anomalous image has no mask or several.
-    """
-    folder = root / Split(split).value
-    samples = DataFrame([_row(root, folder, path) for path in list_split(folder, extensions, remedy, levels)])
-    # Anomalib writes no masks with its result pictures for a classification task.
-    samples.attrs["task"] = "segmentation"
-    return samples
-
-
-def _row(root: Path, folder: Path, image_path: Path) -> dict:
-    relative = image_path.relative_to(folder)
-    label = relative.parts[0]
-    is_good = label == "good"
-    return {
-        "path": str(root),
-        "split": folder.name,
-        "label": label,
-        "image_path": str(image_path),
-        "mask_path": "" if is_good else str(_mask_of(image_path, root / "ground_truth" / relative.parent)),
-        "label_index": int(LabelName.NORMAL if is_good else LabelName.ABNORMAL),
-    }
-
-
-def _mask_of(image_path: Path, folder: Path) -> Path:
-    files = list_images(folder, MASK_EXTENSIONS) if folder.is_dir() else []
-    masks = [path for path in files if path.stem == image_path.stem]
-    if len(masks) != 1:
-        msg = (
-            f"The anomalous image {image_path} has {len(masks)} masks, but must have one: "
-            f"{folder / image_path.stem}.png. Restore that file, or remove the image."
-        )
-        raise RuntimeError(msg)
-    return masks[0]

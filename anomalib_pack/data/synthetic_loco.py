@@ -4,28 +4,15 @@ For demos, tests and a first look at a model, without a download and without a l
 """
 
 import json
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import ModuleType
 
-import numpy as np
 from anomalib.data.utils import TestSplitMode, ValSplitMode
 from anomalib.utils.path import resolve_dataset_root
-from PIL import Image
-from rich.progress import track
 from torchvision.transforms.v2 import Transform
 
 from anomalib_pack.data.mvtec_loco import MVTecLoco
-from anomalib_pack.rendering import board, tray
-
-SCENES = {"tray": tray, "board": board}
-
-# Raised whenever the same parameters give other pictures, so that results are never compared across renderings.
-RENDERING = 1
-
-LOGICAL, STRUCTURAL = "logical_anomalies", "structural_anomalies"
+from anomalib_pack.files import new_folder
+from anomalib_pack.rendering.writing import LOGICAL, RENDERING, SCENES, STRUCTURAL, write_category
 
 
 class SyntheticLoco(MVTecLoco):
@@ -131,24 +118,28 @@ class SyntheticLoco(MVTecLoco):
         """Render the category where it is missing.
 
         The files appear under their final name only when all are written, so a rendering that was killed is done anew
-        (what it left is a hidden folder in ``root``, ``.rendering-*``, which may be deleted).
+        (what it left is a hidden folder in ``root``, ``.writing-*``, which may be deleted).
 
         Raises:
             ValueError: If ``<root>/<category>`` was rendered with other parameters, or is no rendering at all.
         """
         folder = self.root / self.category
         if not folder.exists():
-            self.root.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=self.root, prefix=".rendering-") as temporary:
-                rendered = Path(temporary) / self.category
-                self._render(rendered)
-                try:
-                    rendered.rename(folder)
-                except OSError:
-                    # Another process may have been faster; the check below tells whether its folder will do.
-                    if not folder.exists():
-                        raise
-        self._check_parameters(folder)
+            with new_folder(folder) as rendered:
+                write_category(rendered, self.category, self.image_size, self._images_of_groups, self.render_seed)
+                (rendered / "info.json").write_text(json.dumps(self._parameters, indent=2))
+        self._check_parameters(folder)  # also of a folder that another process has just made
+
+    @property
+    def _images_of_groups(self) -> dict[tuple[str, str], int]:
+        """How many images each folder of each split has, in the order in which they are rendered."""
+        return {
+            ("train", "good"): self.num_train,
+            ("validation", "good"): self.num_val,
+            ("test", "good"): self.num_test,
+            ("test", LOGICAL): self.num_test,
+            ("test", STRUCTURAL): self.num_test,
+        }
 
     @property
     def _parameters(self) -> dict[str, str | int]:
@@ -174,62 +165,3 @@ class SyntheticLoco(MVTecLoco):
                 "Give another `root`, or delete that folder to have it rendered anew."
             )
             raise ValueError(msg)
-
-    def _render(self, folder: Path) -> None:
-        """Write all files of the category into a new folder."""
-        pixel_values = _write_defects_config(folder, SCENES[self.category], self.image_size)
-        images = list(self._images())
-        with ThreadPoolExecutor() as pool:
-            jobs = pool.map(lambda job: self._render_image(folder, pixel_values, *job), enumerate(images))
-            for _ in track(jobs, f"Rendering {self.category}", total=len(images)):
-                pass
-        (folder / "info.json").write_text(json.dumps(self._parameters, indent=2))
-
-    def _render_image(
-        self, folder: Path, pixel_values: dict[str, int], number: int, image_place: tuple[str, str, int]
-    ) -> None:
-        """Write an image and its masks."""
-        split, group, index = image_place
-        scene = SCENES[self.category]
-        # Every image has a generator of its own: neither other images nor the global state have a say in it.
-        rng = np.random.default_rng([self.render_seed, number])
-        defects = [] if group == "good" else scene.draw_defects(group, rng)
-        image, masks = scene.render(self.image_size, defects, rng)
-        _write_png(folder / split / group / f"{index:03}.png", image)
-        for mask_index, (defect, mask) in enumerate(zip(defects, masks, strict=True)):
-            mask_path = folder / "ground_truth" / group / f"{index:03}" / f"{mask_index:03}.png"
-            _write_png(mask_path, mask.astype(np.uint8) * np.uint8(pixel_values[defect]))
-
-    def _images(self) -> Iterator[tuple[str, str, int]]:
-        """Yield split folder, group folder and number of every image."""
-        for split, group, count in (
-            ("train", "good", self.num_train),
-            ("validation", "good", self.num_val),
-            ("test", "good", self.num_test),
-            ("test", LOGICAL, self.num_test),
-            ("test", STRUCTURAL, self.num_test),
-        ):
-            for index in range(count):
-                yield split, group, index
-
-
-def _write_defects_config(folder: Path, scene: ModuleType, image_size: int) -> dict[str, int]:
-    """Write ``defects_config.json`` as MVTec LOCO has it; return the pixel value of each defect in the masks."""
-    entries = [
-        {
-            "defect_name": defect.name,
-            "pixel_value": 255 - index,
-            # MVTec LOCO counts in pixels what is not relative to the mask.
-            "saturation_threshold": defect.saturation if defect.relative else round(defect.saturation * image_size**2),
-            "relative_saturation": defect.relative,
-        }
-        for index, defect in enumerate((*scene.LOGICAL_DEFECTS, *scene.STRUCTURAL_DEFECTS))
-    ]
-    folder.mkdir()
-    (folder / "defects_config.json").write_text(json.dumps(entries, indent=4))
-    return {entry["defect_name"]: entry["pixel_value"] for entry in entries}
-
-
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)

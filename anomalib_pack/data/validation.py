@@ -1,21 +1,10 @@
-"""Validation sets of datamodules whose data set has none."""
+"""Validation sets of datamodules that can do without one, or whose data set has none."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from anomalib.data.utils import ValSplitMode
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
-
-
-def check_val_split_mode(mode: ValSplitMode) -> None:
-    """Check that a validation set can be made, if one is wanted.
-
-    Raises:
-        ValueError: If it is to come from a folder of its own.
-    """
-    if mode == ValSplitMode.FROM_DIR:
-        msg = (
-            f"val_split_mode must be from_train, from_test, same_as_test, synthetic or none, got {mode.value}: the "
-            "data set has no validation images of its own."
-        )
-        raise ValueError(msg)
 
 
 class OptionalValidation:
@@ -27,3 +16,29 @@ class OptionalValidation:
         Anomalib's own raises an AttributeError then.
         """
         return super().val_dataloader() if hasattr(self, "val_data") else []
+
+
+class NoValidationImages(OptionalValidation):
+    """Mixin for datamodules whose data set has no validation images; stands before ``AnomalibDataModule``.
+
+    Args:
+        arguments: Those of ``AnomalibDataModule``.
+
+    Attributes:
+        impossible: Ways in which no validation set can be made, and why.
+
+    Raises:
+        ValueError: If ``val_split_mode`` is one of them.
+    """
+
+    impossible: ClassVar[Mapping[ValSplitMode, str]] = {
+        ValSplitMode.FROM_DIR: "the data set has no validation images of its own"
+    }
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        if self.val_split_mode in self.impossible:
+            possible = ", ".join(mode.value for mode in ValSplitMode if mode not in self.impossible)
+            reason = self.impossible[self.val_split_mode]
+            msg = f"val_split_mode must be one of {possible}, got {self.val_split_mode.value}: {reason}."
+            raise ValueError(msg)

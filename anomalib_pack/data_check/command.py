@@ -18,11 +18,17 @@ from .listing import list_images
 from .report import as_text
 
 
-def run(arguments: Sequence[str]) -> tuple[str, int]:
-    """Read the data set that is described by the arguments of the command; see :func:`check`."""
+def run(arguments: Sequence[str]) -> int:
+    """Read the data set that is described by the arguments of the command, and print the report.
+
+    Returns:
+        Exit status: 1 if the data set has errors.
+    """
     parser = ArgumentParser(prog="python -m anomalib_pack check", description="Read a data set once before a training.")
     parser.add_subclass_arguments(AnomalibDataModule, "data", required=True)
-    return check(parser.instantiate_classes(parser.parse_args(arguments)).data)
+    text, errors = check(parser.instantiate_classes(parser.parse_args(arguments)).data)
+    print(text)
+    return int(errors > 0)
 
 
 def check(datamodule: AnomalibDataModule) -> tuple[str, int]:

@@ -4,6 +4,7 @@ Map::
 
     layout.py       where the map of an image lies
     map_file.py     reading and writing a map
+    write_maps.py   the callback that writes the maps of a run
     submission.py   what the server of MVTec AD 2 takes
     images.py       the test images of a category with their maps, masks and defects, read when asked for
     results.py      metrics of a category

@@ -20,8 +20,11 @@ from anomalib_pack.files import replace_file
 from anomalib_pack.metrics.group_evaluator import mean_row, rich_table, write_csv
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str]) -> int:
     """Evaluate the maps that are described by the arguments of the command.
+
+    Returns:
+        Exit status: 0.
 
     Raises:
         OSError: If a file cannot be read or written; the message names it.
@@ -44,6 +47,7 @@ def run(arguments: Sequence[str]) -> None:
     if settings.categories is not None:
         settings.data = _of_categories(settings.data, settings.categories)
     evaluate_maps(settings.maps, parser.instantiate_classes(settings).data, settings.out)
+    return 0
 
 
 def _of_categories(data: Namespace, categories: list[str] | str) -> Namespace:

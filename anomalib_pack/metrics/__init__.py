@@ -1,10 +1,14 @@
 """Evaluation per group of test images.
 
-    group_evaluator   GroupEvaluator: keeps test batches, computes each metric for each group, table and CSV
-    image             the image metric that Anomalib lacks: AP
-    pixel             AUROC, AP, F1Max and AUPRO of pixels, also per image, exact in little memory
-    roc               the curve that they are read off
-    samples           parts of batches
+Map::
+
+    group_evaluator.py  GroupEvaluator: keeps test batches, computes each metric for each group, table and CSV
+    original_size.py    maps, masks and defects at the size of the image files
+    image.py            the image metric that Anomalib lacks: AP
+    pixel.py            AUROC, AP, F1Max and AUPRO of pixels, also per image, exact in little memory
+    roc.py              the curve that they are read off
+    spro.py             AUC-sPRO, by which MVTec LOCO is judged
+    samples.py          parts of batches
 
 Metrics have Anomalib's names, so they are used with their module: ``pixel.AUROC``.
 """

@@ -28,11 +28,11 @@ DESCRIPTION = (
 )
 
 
-def run(arguments: Sequence[str]) -> str:
-    """Recalibrate the checkpoint that is described by the arguments of the command.
+def run(arguments: Sequence[str]) -> int:
+    """Recalibrate the checkpoint that is described by the arguments of the command, and print the report.
 
     Returns:
-        The report.
+        Exit status: 0.
 
     Raises:
         OSError: If a file cannot be read or written; the message names it.
@@ -58,7 +58,8 @@ def run(arguments: Sequence[str]) -> str:
     recalibrate(model.post_processor, *measured, goal=goal)
     _write(given.out, given.ckpt_path, model)
     table = as_text(before, column(model.post_processor, *measured), goal, *measured)
-    return f"{weights}{table}\nWritten to {given.out}."
+    print(f"{weights}{table}\nWritten to {given.out}.")
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

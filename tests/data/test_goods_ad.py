@@ -122,7 +122,7 @@ def test_validation_is_normal_by_default(root):
 
 
 def test_validation_folder_is_refused():
-    with pytest.raises(ValueError, match=r"val_split_mode must be from_train, .* got from_dir: .* no validation"):
+    with pytest.raises(ValueError, match=r"val_split_mode must be one of none, .* got from_dir: .* no validation"):
         GoodsAD(val_split_mode="from_dir")
 
 

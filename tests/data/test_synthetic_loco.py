@@ -14,10 +14,10 @@ from anomalib.models import Padim
 from PIL import Image
 
 from anomalib_pack.data import MVTecLoco, SyntheticLoco
-from anomalib_pack.data.synthetic_loco import SCENES
 from anomalib_pack.rendering import tray
 from anomalib_pack.rendering.canvas import Canvas
 from anomalib_pack.rendering.defects import DAMAGES
+from anomalib_pack.rendering.writing import SCENES
 
 GROUPS = ("logical_anomalies", "structural_anomalies")
 TINY = {"image_size": 64, "num_train": 2, "num_val": 1, "num_test": 1}

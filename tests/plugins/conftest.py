@@ -133,6 +133,14 @@ def empty_environment(tmp_path: Path) -> Environment:
 
 
 @pytest.fixture(scope="session")
+def fresh_environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """The pack alone."""
+    environment = Environment.create(tmp_path_factory.mktemp("fresh"))
+    environment.install(wheel)
+    return environment
+
+
+@pytest.fixture(scope="session")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
     """The pack and every distribution in `third_party`, the broken ones included."""
     environment = Environment.create(tmp_path_factory.mktemp("user"))
@@ -145,6 +153,13 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Enviro
 @pytest.fixture(scope="session")
 def python(environment: Environment) -> Iterator[WarmPython]:
     warm = WarmPython(environment)
+    yield warm
+    warm.close()
+
+
+@pytest.fixture(scope="session")
+def fresh_python(fresh_environment: Environment) -> Iterator[WarmPython]:
+    warm = WarmPython(fresh_environment)
     yield warm
     warm.close()
 

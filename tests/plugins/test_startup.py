@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -62,12 +61,6 @@ def test_strict_interpreter_is_silent(environment, options):
     result = environment.run(*options, "-c", LOADED_FROM, PYTHONPYCACHEPREFIX="/proc/cannot-be-written")
     assert "_autoload.py" in result.stdout
     assert (result.returncode, result.stderr) == (0, "")
-
-
-def test_tables_of_papers_are_in_the_wheel(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
-    assert "anomalib_pack/configs/papers/ulsad/table_22.yaml" in names
-    assert "anomalib_pack/configs/papers/ulsad/runs/main.yaml" in names
 
 
 def _files(environment) -> set[str]:

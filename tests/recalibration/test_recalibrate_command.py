@@ -4,6 +4,8 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,10 @@ from anomalib_pack.restoring import model_from_checkpoint, read_checkpoint
 
 def recalibrated(checkpoint: Path, out: Path, *arguments: Any) -> str:
     """Recalibrate a Patchcore; the report."""
-    return run([str(one) for one in ("--ckpt_path", checkpoint, "--model", "Patchcore", "--out", out, *arguments)])
+    command = ("--ckpt_path", checkpoint, "--model", "Patchcore", "--out", out, *arguments)
+    with redirect_stdout(StringIO()) as printed:
+        assert run([str(one) for one in command]) == 0
+    return printed.getvalue()
 
 
 def predicted(checkpoint: Path, folder: Path, root: Path, *, raw: bool = False) -> list:

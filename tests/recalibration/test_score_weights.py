@@ -96,13 +96,19 @@ def weights_in(checkpoint: Path) -> dict[str, float]:
 
 
 def test_weights_are_chosen(
-    misled: Path, folders: Folders, loco: MVTecLoco, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    misled: Path,
+    folders: Folders,
+    loco: MVTecLoco,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     """They are in the checkpoint, and win over the constructor's, which is said in one line."""
     new, folder = tmp_path / "new.ckpt", ["--normal", str(folders.normal), "--anomalous", str(folders.anomalous)]
-    report = run(["--ckpt_path", str(misled), *folder, "--weights", "--out", str(new)])
+    capsys.readouterr()  # what the training printed
+    assert run(["--ckpt_path", str(misled), *folder, "--weights", "--out", str(new)]) == 0
     chosen = weights_in(new)
-    assert report.startswith(
+    assert capsys.readouterr().out.startswith(
         f"Weights w_i {chosen['w_i']:g}, w_ig {chosen['w_ig']:g}, w {chosen['w']:g} in place of w_i 0.5"
     )
     assert chosen["w"] == 0
@@ -130,8 +136,9 @@ def test_weights_are_chosen(
     model.take_trained_state({"tiles": None})  # of a checkpoint for which none were chosen
     assert model.settings == {"w_i": 0.5, "w_ig": 0.5, "w": 0.9}
 
-    again = run(["--ckpt_path", str(new), *folder, "--weights", "--out", str(tmp_path / "again.ckpt")])
-    assert again.startswith(f"Weights stay w_i {chosen['w_i']:g}")
+    capsys.readouterr()  # what the test printed
+    assert run(["--ckpt_path", str(new), *folder, "--weights", "--out", str(tmp_path / "again.ckpt")]) == 0
+    assert capsys.readouterr().out.startswith(f"Weights stay w_i {chosen['w_i']:g}")
     assert weights_in(tmp_path / "again.ckpt") == chosen
 
 
