@@ -17,6 +17,7 @@ from anomalib_pack.data.predict import PredictImages
 from anomalib_pack.post_processing import check_finite
 from anomalib_pack.progress import progress_bar
 from anomalib_pack.quantiles import MAX_VALUES, drawn
+from anomalib_pack.region import region_of
 
 BATCH = 8  # ours; images
 PIXELS = 2**20  # ours: in a batch of large images
@@ -28,8 +29,9 @@ class Measured:
 
     Attributes:
         scores: Of images, (N,).
-        pixels: Of pixels, (n,); of more than 2^24 a random sample, equally many of each image. ``None`` without maps.
-        pixel_range: Lowest and highest score of all pixels, (2,); ``None`` without maps.
+        pixels: Of pixels inside the model's region, (n,); of more than 2^24 a random sample, equally many of each
+            image. ``None`` without maps.
+        pixel_range: Lowest and highest score of all these pixels, (2,); ``None`` without maps.
     """
 
     scores: Tensor
@@ -62,12 +64,13 @@ def measure(model: AnomalibModule, images: PredictImages, description: str) -> M
         OSError: If an image cannot be read; the message names it.
         ValueError: If a score is not finite; the message names the image.
     """
+    region = region_of(model)
     limit = max(MAX_VALUES // len(images), 1)
     scores, pixels, ranges = [], [], []
     for batch in batches(model, images, description):
         output = model.predict_step(batch, 0)
         check_finite(output)
-        maps = None if output.anomaly_map is None else output.anomaly_map.float().flatten(1)
+        maps = None if output.anomaly_map is None else region.take(output.anomaly_map.float()).flatten(1)
         scores.append((maps.amax(dim=1) if output.pred_score is None else output.pred_score.float().flatten()).cpu())
         if maps is not None:
             pixels += [drawn(each, limit, seed=len(pixels) + index).cpu() for index, each in enumerate(maps)]
