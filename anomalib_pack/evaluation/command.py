@@ -17,7 +17,7 @@ from anomalib_pack.evaluation.images import list_images
 from anomalib_pack.evaluation.layout import category_name
 from anomalib_pack.evaluation.results import evaluate
 from anomalib_pack.files import replace_file
-from anomalib_pack.metrics.group_evaluator import mean_row, rich_table, write_csv
+from anomalib_pack.metrics.tables import mean_row, rich_table, write_csv
 
 
 def run(arguments: Sequence[str]) -> int:

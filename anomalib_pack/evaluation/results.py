@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from anomalib_pack.evaluation.images import MappedImage, MappedImages
 from anomalib_pack.metrics import pixel
-from anomalib_pack.metrics.group_evaluator import mean_row, with_mad
 from anomalib_pack.metrics.samples import belongs, names_group
 from anomalib_pack.metrics.spro import LIMITS, image_curve, published_result
+from anomalib_pack.metrics.tables import mean_row, with_mad
 from anomalib_pack.progress import progress_bar
 
 # The metrics that are read off one curve of all pixels.

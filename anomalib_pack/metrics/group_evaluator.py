@@ -7,13 +7,9 @@ Each metric is computed by its own class on fields of the test batches that are 
     teardown            print the table, which thus comes after Lightning's
 """
 
-import csv
-import io
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal
 
@@ -25,13 +21,11 @@ from anomalib.post_processing import PostProcessor
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from rich import box
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 from torch import Tensor
 from torch import distributed as dist
 
-from anomalib_pack.files import replace_file
 from anomalib_pack.metrics import image, pixel
 from anomalib_pack.metrics.original_size import (
     ORIGINAL_FIELDS,
@@ -44,17 +38,12 @@ from anomalib_pack.metrics.original_size import (
 from anomalib_pack.metrics.roc import RocCorners
 from anomalib_pack.metrics.samples import belongs, copied, names_group, select, unpadded_count
 from anomalib_pack.metrics.spro import LIMITS, image_auroc, published_result
+from anomalib_pack.metrics.tables import mean_row, rich_table, with_mad, write_csv, write_or_warn
 
 if TYPE_CHECKING:
     from anomalib_pack.region import WholeImage
 
 EVERY_GROUP = ""  # Group of the images that belong to every group.
-
-# The metrics whose mean is mAD: MiniMaxAD: A Lightweight Autoencoder for Feature-Rich Anomaly Detection, Sec. 4.1.
-MAD_METRICS = (
-    *("image_AUROC", "image_AP", "image_F1Max"),
-    *("pixel_AUROC", "pixel_AP", "pixel_F1Max", "pixel_AUPRO"),
-)
 
 
 def default_test_metrics() -> list[AnomalibMetric]:
@@ -313,7 +302,7 @@ class GroupEvaluator(Evaluator):
             write_csv(rows, Path(trainer.default_root_dir) / "metrics.csv")
             for category, result in results.items():
                 text = json.dumps(result, indent=4)
-                _write(Path(trainer.default_root_dir) / f"{category}_metrics.json", text)
+                write_or_warn(Path(trainer.default_root_dir) / f"{category}_metrics.json", text)
 
     def _labels(self, trainer: Trainer) -> dict[str, set[bool]]:
         """Labels that the images of each group have, counting the images of all processes."""
@@ -527,70 +516,3 @@ def _missing_labels(labels: set[bool]) -> list[str]:
 def _members(samples: SimpleNamespace, group: str) -> Tensor:
     """Mask of shape (B,): which samples belong to the group; to the group "" belong all."""
     return torch.tensor([belongs(name, group) for name in samples.group], dtype=torch.bool)
-
-
-def with_mad(row: dict[str, float]) -> dict[str, float]:
-    """The row and ``mAD``, the unweighted mean of ``MAD_METRICS``; without it if one of them is missing."""
-    if not row.keys() >= set(MAD_METRICS):
-        return row
-    return row | {"mAD": fmean(row[name] for name in MAD_METRICS)}
-
-
-def mean_row(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Unweighted mean of each metric over the rows that have it."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: fmean(row[name] for row in rows if name in row) for name in names}
-
-
-def metric_names(rows: dict[str, dict[str, float]]) -> list[str]:
-    """Names of the metrics of all rows, in the order of the first."""
-    return list(dict.fromkeys(name for row in rows.values() for name in row))
-
-
-def rich_table(rows: dict[str, dict[str, float]]) -> Table:
-    """Table for the console, as papers have it: groups down, metrics across, the mean last, in percent.
-
-    It has no overall row, which papers do not have either; Lightning prints those values.
-    """
-    names = metric_names(rows)
-    # Short lines of headers and one space between columns, so that eleven values and the words of MVTec LOCO's groups
-    # and MVTec AD's categories fit in 80 columns. Longer groups wrap.
-    headers = [Column(_header(name), justify="right", vertical="bottom", no_wrap=True) for name in names]
-    table = Table(
-        Column("group", vertical="bottom"),
-        *headers,
-        title="Test metrics per group, in %",
-        box=box.HORIZONTALS,
-        padding=0,
-        pad_edge=False,
-    )
-    groups = [group for group in rows if group]
-    for group in groups:
-        values = (f"{100 * rows[group][name]:.1f}" if name in rows[group] else "" for name in names)
-        table.add_row(group.replace("_", " ").replace("/", " "), *values, end_section=group == groups[-2])
-    return table
-
-
-def _header(name: str) -> str:
-    """Name of a metric in lines of at most five letters, if it has places to break: ``pixel``, ``F1``, ``Score``."""
-    parts = [part if len(part) <= 5 else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "\n", part) for part in name.split("_")]
-    return "\n".join(parts)
-
-
-def write_csv(rows: dict[str, dict[str, float]], path: Path) -> None:
-    """Write the table with the overall row first; metrics that do not exist are empty.
-
-    If it cannot be written, e.g. on a full disk, a warning says so: the metrics are printed all the same.
-    """
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, ["group", *metric_names(rows)])
-    writer.writeheader()
-    writer.writerows({"group": group or "overall"} | row for group, row in rows.items())
-    _write(path, text.getvalue())
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        replace_file(path, text.encode())
-    except OSError as error:
-        rank_zero_warn(error.strerror)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from anomalib.metrics import AUROC, AnomalibMetric, F1Max
 
 from anomalib_pack.metrics import GroupEvaluator, image, pixel
-from anomalib_pack.metrics.group_evaluator import MAD_METRICS
+from anomalib_pack.metrics.tables import MAD_METRICS
 
 _SCORES = ["pred_score", "gt_label"]
 _IMAGE = {"image_AUROC": AUROC, "image_AP": image.AP, "image_F1Max": F1Max}

@@ -22,8 +22,8 @@ from tiny_model import RawScores, TinyModel
 from torch.utils.data import DataLoader
 
 from anomalib_pack.metrics import GroupEvaluator, default_test_metrics, pixel
-from anomalib_pack.metrics.group_evaluator import MAD_METRICS, rich_table, with_mad
 from anomalib_pack.metrics.roc import roc_corners
+from anomalib_pack.metrics.tables import MAD_METRICS, rich_table, with_mad
 from anomalib_pack.post_processing import RankPreservingPostProcessor
 
 METRIC_NAMES = [
