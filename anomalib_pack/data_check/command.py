@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 
 from anomalib_pack.data.categories import refusal_explained
 from anomalib_pack.data.image_files import map_files
+from anomalib_pack.data.synthetic_loco import SyntheticLoco
 from anomalib_pack.progress import progress_bar
 
 from .defects import defect_errors
@@ -32,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def check(datamodule: AnomalibDataModule) -> tuple[str, int]:
-    """Report on the data set of a datamodule. Nothing is downloaded.
+    """Report on the data set of a datamodule. Nothing is downloaded; what is rendered is rendered first.
 
     Returns:
         The report, and how many errors it has.
@@ -40,6 +41,8 @@ def check(datamodule: AnomalibDataModule) -> tuple[str, int]:
     datamodule.looks_at_files = False  # what the pack's datamodules would stop at is to be in the report
     try:
         with refusal_explained():
+            if isinstance(datamodule, SyntheticLoco):
+                datamodule.prepare_data()
             datamodule.setup()
     except (OSError, RuntimeError, ValueError) as error:  # lists are made, and some of what is missing is found
         return as_text([], {}, Findings([str(error)], {})), 1

@@ -122,8 +122,12 @@ def _gain(choice: Choice) -> str:
 def _write(out: Path, checkpoint_path: Path, model: AnomalibModule) -> None:
     """Write the checkpoint with the post-processor's buffers, and the weights that were chosen, now or before."""
     checkpoint = read_checkpoint(checkpoint_path)
-    for name, value in model.post_processor.state_dict(prefix="post_processor.").items():
-        checkpoint["state_dict"][name] = value.cpu()
+    buffers = {name: value.cpu() for name, value in model.post_processor.state_dict().items()}
+    checkpoint["state_dict"] |= {f"post_processor.{name}": value for name, value in buffers.items()}
+    # A trainer restores the states of callbacks after the model's, and the post-processor is one of them.
+    callbacks = checkpoint.get("callbacks", {})
+    if model.post_processor.state_key in callbacks:
+        callbacks[model.post_processor.state_key] = buffers
     weights = getattr(model, "score_weights", {})
     state = getattr(model, "trained_state", {})
     chosen = {name: state[name] for name in weights if name in state}

@@ -84,7 +84,7 @@ class Recorder:
     Args:
         trainer: That of the run.
         module: The model.
-        name: Name of the file of predictions, without suffix.
+        prefix: What the files' names begin with.
         loaders: Data loaders of the run.
         settings: What the user has chosen.
 
@@ -93,7 +93,7 @@ class Recorder:
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, name: str, loaders: Sequence[Any], settings: Settings
+        self, trainer: Trainer, module: LightningModule, prefix: str, loaders: Sequence[Any], settings: Settings
     ) -> None:
         self._settings = settings
         self._trainer = trainer
@@ -111,20 +111,20 @@ class Recorder:
         self._gives_masks = False  # whether the model itself gives masks
         self._found: list[Found] = []  # in each image of a batch
         self._finds_defects = self._show_whole_images(module)
-        self._tables = list(self._new_tables(name))
+        self._tables = list(self._new_tables(prefix))
         self._add([])
 
-    def _new_tables(self, name: str) -> Iterator[tuple[Table, Callable[[Record], list[Row]]]]:
+    def _new_tables(self, prefix: str) -> Iterator[tuple[Table, Callable[[Record], list[Row]]]]:
         """Tables, and what tells the rows of an image."""
         for suffix in (".csv", ".jsonl") if self._settings.json_lines else (".csv",):
-            yield Table(self._own(name + suffix), PREDICTION_COLUMNS), lambda record: [record.prediction]
+            yield self._table(f"{prefix}predictions{suffix}", PREDICTION_COLUMNS), lambda record: [record.prediction]
             if self._finds_defects:
-                yield Table(self._own("defects" + suffix), DEFECT_COLUMNS), lambda record: record.defects
+                yield self._table(f"{prefix}defects{suffix}", DEFECT_COLUMNS), lambda record: record.defects
 
-    def _own(self, name: str) -> Path:
-        """File of this process: the file itself on the first one."""
+    def _table(self, name: str, columns: Sequence[str]) -> Table:
+        """Table of this process: in the file itself on the first one."""
         path, rank = self._folder / name, self._trainer.global_rank
-        return path.with_name(f"{path.stem}.rank{rank}{path.suffix}") if rank else path
+        return Table(path.with_name(f"{path.stem}.rank{rank}{path.suffix}") if rank else path, columns)
 
     def _show_whole_images(self, module: LightningModule) -> bool:
         datasets = [getattr(loader, "dataset", None) for loader in self._loaders]

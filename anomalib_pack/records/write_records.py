@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from anomalib_pack.records.defects import check_sizes
 from anomalib_pack.records.recorder import Recorder, Settings
 
-STAGES = {"test": "test_predictions", "predict": "predictions"}  # and the names of their files
+PREFIXES = {"test": "test_", "predict": ""}  # and what their files' names begin with
 
 
 class WriteRecords(Callback):
@@ -21,9 +21,9 @@ class WriteRecords(Callback):
     - ``test_predictions.csv`` of a test and ``predictions.csv`` of a prediction: a row per image, in the order of the
       data set, with its path, category and group, its labels, its score before and after post-processing, and both
       thresholds.
-    - ``defects.csv`` beside it: a row per connected region of the predicted mask, in pixels of the image file. The map
-      is brought to the file's size before the pixel threshold meets it. It is left out, with a warning, for a model
-      whose maps do not show whole images.
+    - ``test_defects.csv`` or ``defects.csv`` beside it: a row per connected region of the predicted mask, in pixels of
+      the image file. The map is brought to the file's size before the pixel threshold meets it. It is left out, with a
+      warning, for a model whose maps do not show whole images.
     - ``test_metrics.json``: all metrics of a test.
 
     Rows are in the files after each batch. With several processes each writes its own, and the first one all of them at
@@ -64,7 +64,7 @@ class WriteRecords(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take places: before all others, after the post-processor, and after all others."""
         self._recorder = None
-        if stage not in STAGES:
+        if stage not in PREFIXES:
             return
         others = self._others(trainer)
         post_processor = getattr(pl_module, "post_processor", None)
@@ -93,7 +93,7 @@ class WriteRecords(Callback):
         loaders = loader if isinstance(loader, list) else [loader]
         # A batch of Anomalib's tiled ensemble has one tile of each image.
         has_tiles = any(hasattr(getattr(each, "collate_fn", None), "tile_index") for each in loaders)
-        self._recorder = None if has_tiles else Recorder(trainer, module, STAGES[stage], loaders, self.settings)
+        self._recorder = None if has_tiles else Recorder(trainer, module, PREFIXES[stage], loaders, self.settings)
 
     def at(self, name: str, outputs: Batch, dataloader_idx: int) -> None:
         """Do what belongs to a place among the callbacks."""

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from anomalib_pack.data.image_files import names
 from anomalib_pack.records.rows import PREDICTION_COLUMNS
-from anomalib_pack.records.write_records import STAGES
+from anomalib_pack.records.write_records import PREFIXES
 from anomalib_pack.sweep.job import RESULTS
 from anomalib_pack.sweep.results import rows_by_job
 
-TESTED, PREDICTED = (f"{STAGES[stage]}.csv" for stage in ("test", "predict"))
+TESTED, PREDICTED = (f"{PREFIXES[stage]}predictions.csv" for stage in ("test", "predict"))
 METRICS = "test_metrics.json"
 METRIC_PREFIXES = ("image_", "pixel_", "mAD")
 CHECKPOINTS = ("weights/lightning/model.ckpt", "weights/model.ckpt")
@@ -97,8 +97,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _read(folder: Path) -> Iterator[Run]:
     if not folder.is_dir():
         msg = (
-            f"There is no folder {folder}. Give the folder of a test run, e.g. results/Ulsad/MVTecLoco/tray/latest, or "
-            "of a sweep."
+            f"There is no folder {folder}. Give the folder of a test run, e.g. "
+            "results/Ulsad/SyntheticLoco/tray/latest, or of a sweep."
         )
         raise FileNotFoundError(msg)
     if (folder / RESULTS).is_file():
@@ -213,7 +213,7 @@ def _read_metrics(path: Path) -> dict[str, float]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Short names of folders: what differs, or of one the last four parts, e.g. ``Ulsad/MVTecLoco/tray/v0``."""
+    """Short names of folders: what differs, or of one the last four parts, e.g. ``Ulsad/SyntheticLoco/tray/v0``."""
     parts = [folder.parts for folder in folders]
     if len(set(parts)) == 1:
         return ["/".join(each[-4:]) for each in parts]

@@ -11,7 +11,7 @@ from anomalib_pack.files import replace_file
 
 LOGS, PREDICTIONS = "logs", "predictions"  # folders of a sweep
 SCORES = "test_predictions.csv"
-TABLES = (SCORES, "defects.csv", "test_metrics.json")
+TABLES = (SCORES, "test_defects.csv", "test_metrics.json")
 KINDS = {"pictures": "images", "checkpoints": "weights"}  # and the folder of a run that holds them
 
 

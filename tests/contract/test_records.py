@@ -26,7 +26,7 @@ def test_command_writes_records(trained: Trained) -> None:
         above = float(row["raw_score"]) >= float(row["raw_threshold"])
         assert (above, above) == (float(row["pred_score"]) >= float(row["threshold"]), row["pred_label"] == "1")
         assert (trained.folder / row["picture"]).is_file()
-    for row in read(trained.folder / "defects.csv"):
+    for row in read(trained.folder / "test_defects.csv"):
         assert tuple(row) == DEFECT_COLUMNS
         assert int(row["x"]) + int(row["width"]) <= 64
         assert int(row["y"]) + int(row["height"]) <= 64

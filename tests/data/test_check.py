@@ -48,6 +48,15 @@ def test_nothing_is_wrong(check, rendered):
     assert lines[-1] == f"files: {18 + masks}, errors: 0, warnings: 0"
 
 
+def test_what_is_missing_is_rendered(check, tmp_path):
+    """Nobody can download it; a rendering with other parameters is an error as in a training."""
+    small = {"root": tmp_path, "image_size": 64, "num_train": 1, "num_val": 1, "num_test": 1}
+    assert check("SyntheticLoco", **small)[0] == 0
+    status, lines = check("SyntheticLoco", **small, render_seed=1)
+    assert status == 1
+    assert lines[0].startswith(f"ERROR    {tmp_path}/tray was rendered with ")
+
+
 def test_defects_that_cannot_be_told_apart(check, rendered, tmp_path):
     """Training needs no configuration, but sPRO does; a mask that it does not explain is an error."""
     shutil.copytree(rendered / "tray", tmp_path / "tray")

@@ -372,7 +372,7 @@ def test_two_processes_give_what_one_gives(images, tmp_path, monkeypatch):
 
 def check_records(two, one):
     """The first of two processes has the records of both, in the data set's order."""
-    assert two["files"] == one["files"] == ["defects.csv", "metrics.csv", "test_predictions.csv"]
+    assert two["files"] == one["files"] == ["metrics.csv", "test_defects.csv", "test_predictions.csv"]
     assert len(one["test_predictions"]) == 25
     assert len(one["defects"]) == len(one["coco"]["annotations"]) > 0
     for name in ("test_predictions", "defects"):

@@ -81,7 +81,7 @@ def test_defects(trained: tuple[AnomalibModule, float], loco: MVTecLoco, tmp_pat
     seen.__init__()
     running = engine(tmp_path, raw, WriteRecords(min_area=min_area, pixel_size=0.5))
     running.test(model, datamodule=loco)
-    found = read(folder(running) / "defects.csv")
+    found = read(folder(running) / "test_defects.csv")
     predictions = read(folder(running) / "test_predictions.csv")
     paths, _, maps, _, _ = raw.arrays()
     counts = []
@@ -150,7 +150,7 @@ def test_coco(trained: tuple[AnomalibModule, float], loco: MVTecLoco, tmp_path: 
     assert [str(Path(root, image["file_name"])) for image in content["images"]] == paths
     assert {(image["width"], image["height"]) for image in content["images"]} == {(64, 64)}
     [category] = content["categories"]
-    rows = read(folder(running) / "defects.csv")
+    rows = read(folder(running) / "test_defects.csv")
     names = {image["id"]: str(Path(root, image["file_name"])) for image in content["images"]}
     assert len(names) == len(paths)
     assert [each["id"] for each in content["annotations"]] == list(range(1, len(rows) + 1))
@@ -175,7 +175,7 @@ def test_crops(loco: MVTecLoco, loco_root: Path, tmp_path: Path, caplog: pytest.
     running.test(model, datamodule=loco)
     assert caplog.text.count("There are no records of defects. The maps of Tiny do not show images") == 1
     assert len(read(folder(running) / "test_predictions.csv")) == 12
-    assert not (folder(running) / "defects.csv").exists()
+    assert not (folder(running) / "test_defects.csv").exists()
     for asked in ({"min_area": 5}, {"coco": tmp_path / "coco.json"}):
         with pytest.raises(ValueError, match="do not show images"):
             engine(tmp_path, WriteRecords(**asked)).test(model, datamodule=loco)
@@ -225,7 +225,7 @@ def test_without_maps(loco: MVTecLoco, tmp_path: Path) -> None:
     running = engine(tmp_path, WriteRecords(min_area=5, coco=tmp_path / "coco.json"))
     running.test(model, datamodule=loco)
     assert len(read(folder(running) / "test_predictions.csv")) == 12
-    assert read(folder(running) / "defects.csv") == []
+    assert read(folder(running) / "test_defects.csv") == []
     assert json.loads((tmp_path / "coco.json").read_text())["annotations"] == []
 
 

@@ -89,7 +89,11 @@ def test_records_of_a_prediction(
     """A folder has no labels; of a datamodule they are known."""
     running = engine(tmp_path, *callbacks)
     running.fit(model, datamodule=loco)
+    running.test(model, datamodule=loco)
+    tested = {path: path.read_bytes() for path in folder(running).glob("test_*")}
     running.predict(model, datamodule=loco)
+    assert len(tested) == 3
+    assert {path: path.read_bytes() for path in tested} == tested
     rows = read(folder(running) / "predictions.csv")
     assert [int(row["gt_label"]) for row in rows] == loco.test_data.samples.label_index.tolist()
     predicting = engine(tmp_path / "folder", *callbacks)
@@ -127,7 +131,7 @@ class Stops(Callback):
             raise RuntimeError(msg)
 
 
-@pytest.mark.parametrize("name", ["test_predictions.csv", "defects.csv"])
+@pytest.mark.parametrize("name", ["test_predictions.csv", "test_defects.csv"])
 def test_a_run_that_is_cut_short_keeps_its_rows(loco: MVTecLoco, tmp_path: Path, name: str) -> None:
     """And its COCO file, which cannot grow."""
     stops, model = Stops(name), Tiny()
@@ -248,7 +252,7 @@ def test_command_writes_records_of_patchcore(loco_root: Path, tmp_path: Path) ->
     assert all((results / row["picture"]).is_file() for row in rows)
     above = column(rows, "raw_score") > column(rows, "raw_threshold")
     np.testing.assert_array_equal(above, column(rows, "pred_score") > column(rows, "threshold"))
-    defects = read(results / "defects.csv")
+    defects = read(results / "test_defects.csv")
     assert len(json.loads((tmp_path / "coco.json").read_text())["annotations"]) == len(defects)
     assert all(int(row["area"]) >= 5 for row in defects)
     checkpoint = results / "weights" / "lightning" / "model.ckpt"

@@ -186,7 +186,7 @@ def test_keep(here: Path, tray) -> None:
     assert list(rows) == [("TinyModel", "", 0)]
     status, plain, rows = sweep(here, config)
     assert sorted(path.name for path in (plain / "predictions").glob("*/*")) == [
-        "defects.csv",
+        "test_defects.csv",
         "test_metrics.json",
         "test_predictions.csv",
     ]
