@@ -206,7 +206,7 @@ class DistilledEfficientAdModel(EfficientAdModel):
             smoothed = self.region.smooth(averages, lambda maps: self._full_size(maps, size), border=self.border)
             cleared = self.region.clear(smoothed)
             maps.append(self._normalized(cleared, name) if normalize else cleared)
-        return tuple(maps)
+        return maps[0], maps[1]
 
     def _full_size(self, maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         return F.interpolate(F.pad(maps, 4 * [self.border]), size=size, mode="bilinear")

@@ -136,7 +136,7 @@ class Region(WholeImage):
     def __init__(self, mask: np.ndarray, given: Polygons | str | None = None) -> None:
         self.mask = mask
         self.given = given
-        self._kept: dict[tuple, torch.Tensor | np.ndarray] = {}
+        self._kept: dict[tuple, Any] = {}
 
     def inside(self, size: Sequence[int], device: torch.device, border: int = 0) -> torch.Tensor:
         """Which positions of a grid are inside.
@@ -163,7 +163,8 @@ class Region(WholeImage):
 
     def random_places(self, size: Sequence[int], tile: Sequence[int], count: int) -> list[tuple[int, int]]:
         """Draw places (y, x) of tiles: a pixel that counts, and a tile that it is in."""
-        index = self._index(*size, 0, torch.device("cpu"))
+        height, width = size
+        index = self._index(height, width, 0, torch.device("cpu"))
         pixels = np.unravel_index(index[torch.randint(len(index), (count,))].numpy(), tuple(size))
         places = (
             (chosen - torch.randint(side, (count,)).numpy()).clip(0, whole - side).tolist()
@@ -197,7 +198,8 @@ class Region(WholeImage):
 
     def take(self, maps: torch.Tensor, border: int = 0) -> torch.Tensor:
         """Take the positions inside: (..., h, w) -> (..., 1, n)."""
-        index = self._index(*map(int, maps.shape[-2:]), border, maps.device)
+        height, width = map(int, maps.shape[-2:])
+        index = self._index(height, width, border, maps.device)
         return maps.flatten(-2).index_select(-1, index).unsqueeze(-2)
 
     def _index(self, height: int, width: int, border: int, device: torch.device) -> torch.Tensor:

@@ -126,7 +126,7 @@ class PixelMetric(CountsInside, AnomalibMetric, _PixelMetric):
     def _splits(self, batches: Callable[[], Iterable[Any]]) -> Iterator[tuple[Tensor, ...]]:
         for batch in batches():
             fields = [getattr(batch, field) for field in self.fields]
-            normal, anomalous, weights = self.split(*fields, getattr(batch, "inside", None))
+            normal, anomalous, weights = self.split(*fields, inside=getattr(batch, "inside", None))
             yield normal.cpu(), anomalous.cpu(), weights.cpu().double()
 
     def _set_limit(self, fpr_limit: float, default: float) -> None:
