@@ -17,13 +17,13 @@ demo: $(READY)
 	@echo "Open in a browser: $(CURDIR)/results/Ulsad/SyntheticLoco/tray/latest/report.html"
 
 # Two processes with one thread each: most tests start programs that import for seconds, which threads do not speed up.
-# Whole files go to a process, because their tests share costly fixtures.
-TEST := -m pytest --numprocesses 2 --dist loadfile
+# Whole files go to a process, because their tests share costly fixtures. `make test TESTS=tests/records` runs a part.
+TEST := -m pytest --numprocesses 2 --dist loadfile $(TESTS)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python $(TEST)
 
-# The same with the lowest versions that pyproject.toml allows, in an environment of their own.
+# The same with the lowest versions that pyproject.toml allows, in an environment of their own. TESTS works here, too.
 test-oldest:
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet uv
