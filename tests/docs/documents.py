@@ -6,6 +6,8 @@ What is done with a block is said by a comment right above it, which readers do 
     <!-- slow -->                 run by `pytest -m slow`
     <!-- setup: ... -->           run, after the Python code in the comment; also after `slow,`
     <!-- code of acme/data.py --> a part of a file of the example distribution
+    <!-- save as data.yaml -->   a file that the reader makes. All blocks of such a page are run as a reader would, one
+                                 after another in one folder, commands too, by `pytest -m slow`
 """
 
 import re
@@ -61,6 +63,10 @@ class Block:
     def file(self) -> str:
         return self.comment.removeprefix("code of ") if self.comment.startswith("code of ") else ""
 
+    @property
+    def saved_as(self) -> str:
+        return self.comment.removeprefix("save as ") if self.comment.startswith("save as ") else ""
+
     def commands(self) -> Iterator[list[str]]:
         """Its shell commands as words, without the variables before them."""
         for line in self.code.replace("\\\n", " ").splitlines():
@@ -80,6 +86,13 @@ class Block:
 def blocks(*languages: str) -> list[Block]:
     """All blocks of some languages, in the order of the documents."""
     return [block for path in DOCUMENTS for block in _blocks_of(path) if block.language in languages]
+
+
+def walks() -> dict[str, list[Block]]:
+    """All blocks of the pages on which the reader makes files."""
+    every = blocks("yaml", "bash", "python")
+    pages = sorted({block.document for block in every if block.saved_as})
+    return {page: [block for block in every if block.document == page] for page in pages}
 
 
 def _blocks_of(path: Path) -> Iterator[Block]:

@@ -14,13 +14,13 @@ import jsonargparse
 import pytest
 import yaml
 from anomalib.cli.cli import AnomalibCLI
-from documents import CHECKOUT, Block, blocks
+from documents import CHECKOUT, Block, blocks, walks
 
 from anomalib_pack.sweep.papers.files import is_table, locate
 from anomalib_pack.sweep.settings import read_plan
 
 SHELL = [block for block in blocks("bash", "console", "") if not block.needs and list(block.commands())]
-CONFIGURATIONS = [block for block in blocks("yaml") if not block.needs]
+CONFIGURATIONS = [block for block in blocks("yaml") if not (block.needs or block.saved_as)]
 TARGETS = set(re.findall(r"^([a-z-]+):", (CHECKOUT / "Makefile").read_text(), re.MULTILINE))
 OPTIONAL = (
     (CHECKOUT / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
@@ -115,8 +115,13 @@ def check(words: list[str], anomalib: AnomalibCLI, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
-def test_commands_are_understood(block: Block, anomalib: AnomalibCLI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(CHECKOUT)
+def test_commands_are_understood(
+    block: Block, anomalib: AnomalibCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [each for each in walks().get(block.document, []) if each.saved_as]
+    for file in files:
+        (tmp_path / file.saved_as).write_text(file.code)
+    monkeypatch.chdir(tmp_path if files else CHECKOUT)
     for words in block.commands():
         with saying_why(" ".join(words)):
             check(words, anomalib, monkeypatch)

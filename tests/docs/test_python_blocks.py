@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documents import Block, blocks
+from documents import Block, blocks, walks
 
-PYTHON = [block for block in blocks("python") if not block.file]
+PYTHON = [block for block in blocks("python") if not block.file and block.document not in walks()]
 PAGES = sorted({block.document for block in PYTHON})
 SLOW_PAGES = sorted({block.document for block in PYTHON if block.slow})
 NEEDY = [block for block in PYTHON if block.needs]
@@ -33,7 +33,7 @@ def run(block: Block, names: dict[str, Any]) -> None:
 def test_every_comment_is_known() -> None:
     """A misspelt one would make a block run, or not."""
     for block in blocks("python", "bash", "console", "yaml", "toml"):
-        assert re.match(r"$|needs |code of |slow$|(slow, )?setup:", block.comment), str(block)
+        assert re.match(r"$|needs |code of |save as |slow$|(slow, )?setup:", block.comment), str(block)
 
 
 @pytest.mark.parametrize("page", PAGES)
