@@ -89,7 +89,7 @@ def blocks(*languages: str) -> list[Block]:
 
 
 def walks() -> dict[str, list[Block]]:
-    """All blocks of the pages on which the reader makes files."""
+    """Blocks of the pages on which the reader makes files, by the page."""
     every = blocks("yaml", "bash", "python")
     pages = sorted({block.document for block in every if block.saved_as})
     return {page: [block for block in every if block.document == page] for page in pages}
