@@ -32,7 +32,7 @@ test-oldest:
 
 # What takes minutes for each test, with time for it.
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 COMMAND_TIMEOUT=1800 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 COMMAND_TIMEOUT=1800 $(BIN)/python $(TEST) -m slow
 
 # What needs a CUDA device, and whatever comes of it, latency, throughput and memory of all models there.
 test-gpu: $(READY)

@@ -47,7 +47,9 @@ def test_records_of_a_prediction(
     tested = read(trained.folder / "test_predictions.csv")
     items = [item for batch in batches for item in batch]
     for row, item, other in zip(rows, items, tested, strict=True):
-        assert row["image_path"] == item.image_path == other["image_path"]
+        assert row["image_path"] == item.image_path
+        # The training may be that of another process of the tests, whose images lie elsewhere.
+        assert Path(item.image_path).parts[-4:] == Path(other["image_path"]).parts[-4:]
         assert float(row["pred_score"]) == pytest.approx(float(item.pred_score), rel=1e-6)
         assert int(row["pred_label"]) == int(item.pred_label)
         assert row["explanation"] == (item.explanation or "")
