@@ -30,7 +30,7 @@ def defects(dataset, image_path):
 def records(folder, coco):
     """All that a test writes of images and defects."""
     found = {"files": sorted(path.name for path in folder.glob("*.csv"))}
-    for name in ("test_predictions", "defects"):
+    for name in ("test_predictions", "test_defects"):
         with (folder / f"{name}.csv").open(newline="") as file:
             found[name] = list(csv.DictReader(file))
     return found | {"coco": json.loads(coco.read_text())}

@@ -374,11 +374,11 @@ def check_records(two, one):
     """The first of two processes has the records of both, in the data set's order."""
     assert two["files"] == one["files"] == ["metrics.csv", "test_defects.csv", "test_predictions.csv"]
     assert len(one["test_predictions"]) == 25
-    assert len(one["defects"]) == len(one["coco"]["annotations"]) > 0
+    assert len(one["test_defects"]) == len(one["coco"]["annotations"]) > 0
     for name in ("test_predictions", "defects"):
         paths = [row["image_path"] for row in one[name]]
         assert [row["image_path"] for row in two[name]] == paths
     scores = [[float(row["raw_score"]) for row in each["test_predictions"]] for each in (two, one)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
-    assert [row["area"] for row in two["defects"]] == [row["area"] for row in one["defects"]]
+    assert [row["area"] for row in two["test_defects"]] == [row["area"] for row in one["test_defects"]]
     assert two["coco"]["images"] == one["coco"]["images"]

@@ -151,7 +151,7 @@ def test_ray(here: Path, paper: Path, capfd, monkeypatch) -> None:
         folder = store / "predictions" / row["job"]
         kept = {str(path.relative_to(folder)) for path in folder.rglob("*.csv")}
         tests = {"", "doubled/"} if model == "Ours" else {""}
-        assert kept == {f"{test}{name}.csv" for test in tests for name in ("test_predictions", "defects")}
+        assert kept == {f"{test}{name}.csv" for test in tests for name in ("test_predictions", "test_defects")}
     assert float(cells(here, "table_1")["Ours", "all"]["measured"]) >= 0
 
 
