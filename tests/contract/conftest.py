@@ -15,10 +15,13 @@ QUICK = ("test_half_precision", "test_interface", "test_waits_for_nothing")  # f
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what would take minutes: everything of a slow model but what is quick for any."""
+    """Mark what would take minutes: everything of a slow model but what is quick for any, and slow checks of others."""
     for item in items:
         name = getattr(item, "callspec", None) and item.callspec.params.get("name")
-        if name in CASES and CASES[name].slow and item.module.__name__ not in QUICK:
+        if name not in CASES:
+            continue
+        is_slow = CASES[name].slow and item.module.__name__ not in QUICK
+        if is_slow or item.originalname in CASES[name].slow_checks:
             item.add_marker(pytest.mark.slow)
 
 

@@ -375,7 +375,7 @@ def check_records(two, one):
     assert two["files"] == one["files"] == ["metrics.csv", "test_defects.csv", "test_predictions.csv"]
     assert len(one["test_predictions"]) == 25
     assert len(one["test_defects"]) == len(one["coco"]["annotations"]) > 0
-    for name in ("test_predictions", "defects"):
+    for name in ("test_predictions", "test_defects"):
         paths = [row["image_path"] for row in one[name]]
         assert [row["image_path"] for row in two[name]] == paths
     scores = [[float(row["raw_score"]) for row in each["test_predictions"]] for each in (two, one)]
