@@ -152,7 +152,7 @@ def test_a_whole_run(paper: str, model: str, data: str, row: str, tmp_path: Path
     place = (model, data, row)
     named = {(each.model_name, each.dataset, each.row): each.key for cell in cells for each in cell.experiments}
     run = next(run for run in runs_of(tables, tables) if run.key == named[place])
-    metrics = run_experiment(without_weights(run, tmp_path))
+    metrics = run_experiment(without_weights(run, tmp_path), tmp_path / "kept")
     columns = {cell.column_of(each) for cell in cells for each in cell.experiments if each.key == run.key}
     assert columns
     assert columns <= metrics.keys()
