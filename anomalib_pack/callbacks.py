@@ -1,5 +1,6 @@
 """Callbacks for any Anomalib model."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from anomalib.utils.path import create_versioned_dir
@@ -46,15 +47,32 @@ class SeedEverything(Callback):
         seed_everything(self.seed, workers=True)
 
 
-class LinksLatest(Callback):
-    """Makes ``latest`` a link in the folder of results also where a test or prediction comes before any training.
+class OneFolder(Callback):
+    """Keeps the results of a run in one folder, to which ``latest`` leads. All models of the pack have this callback.
 
-    Anomalib makes a folder of it then, in whose place the next training cannot put its link. As after a training, the
-    results are in ``v0``. All models of the pack have this callback.
+    - Where a test or prediction comes before any training, Anomalib makes a folder of ``latest``, in whose place the
+      next training cannot put its link. As after a training, the results are in ``v0`` here.
+    - Of several processes Anomalib gives each a folder of its own, and ``latest`` leads to that of whoever came last.
+      Here all have the first one's, and the others' are removed.
     """
 
     def setup(self, trainer: Trainer, _pl_module: LightningModule, stage: str) -> None:
-        """Make folder and link where there is nothing."""
-        latest = Path(trainer.default_root_dir)
-        if stage in {"test", "predict"} and latest.name == "latest" and trainer.is_global_zero and not latest.exists():
-            create_versioned_dir(latest.parent)
+        """Make folder and link where there is nothing, or share them."""
+        folder = Path(trainer.default_root_dir)
+        if stage in {"test", "predict"} and folder.name == "latest" and trainer.is_global_zero and not folder.exists():
+            create_versioned_dir(folder.parent)
+        elif stage == "fit" and trainer.world_size > 1:
+            self._share(trainer, folder)
+
+    @staticmethod
+    def _share(trainer: Trainer, own: Path) -> None:
+        shared = trainer.strategy.broadcast(own)
+        if own != shared:
+            trainer._default_root_dir = str(shared)  # the property cannot be set
+            with suppress(OSError):  # somebody has put something there
+                own.rmdir()
+        trainer.strategy.barrier("results")
+        latest = shared.with_name("latest")
+        if trainer.is_global_zero and latest.is_symlink():
+            latest.unlink()
+            latest.symlink_to(shared, target_is_directory=True)

@@ -16,7 +16,7 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from .callbacks import LinksLatest, WriteRecords
+from .callbacks import OneFolder, WriteRecords
 from .exporting import (
     AntialiasingByProducts,
     check_any_size,
@@ -34,7 +34,7 @@ from .post_processing import RankPreservingPostProcessor
 from .progress import ProgressLines
 from .quantizing import quantize_file
 from .reading import RefusesMisreadImages
-from .region import check_one_size
+from .region import check_one_size, region_of
 from .resuming import KeepTraining
 from .tiling import check_tiler
 
@@ -88,7 +88,7 @@ class OneClassDefaults:
         components = [
             SparesMetrics(each) if isinstance(each, Visualizer) else each for each in super().configure_callbacks()
         ]
-        return [*components, LinksLatest(), RefusesMisreadImages(), *missing, *cache]
+        return [*components, OneFolder(), RefusesMisreadImages(), *missing, *cache]
 
     def configure_post_processor(self) -> PostProcessor:
         """Normalise scores without changing their ranking; threshold from normal images alone where need be."""
@@ -191,7 +191,8 @@ class OneClassDefaults:
             if compression_type == CompressionType.INT8_PTQ:
                 with TemporaryDirectory() as folder:
                     in_float = super().to_openvino(folder, model_file_name, input_size, **kwargs)
-                    file = quantize_file(in_float, Path(export_root, in_float.relative_to(folder)), datamodule)
+                    quantized = Path(export_root, in_float.relative_to(folder))
+                    file = quantize_file(in_float, quantized, datamodule, region_of(self))
             else:
                 file = super().to_openvino(
                     export_root, model_file_name, input_size, compression_type, datamodule, **kwargs

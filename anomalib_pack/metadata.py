@@ -131,10 +131,24 @@ def _normalization(post_processor: PostProcessor | None, what: str) -> Normaliza
         raw = _finite(getattr(post_processor, f"raw_{what}_threshold")) if thresholding else None
         return Normalization("rank_preserving", float(center), float(scale), normalized, raw, decision)
     scale = high - low
+    raw = None if normalized is None else _finite(stock_raw_threshold(center, scale, normalized))
     if scale == 0:
-        return Normalization("unknown", None, None, normalized, float(center), decision)
-    raw = None if normalized is None else float(center) + (normalized - 0.5) * float(scale)
+        return Normalization("unknown", None, None, normalized, raw, decision)
     return Normalization("min_max", float(center), float(scale), normalized, raw, decision)
+
+
+def stock_raw_threshold(center: torch.Tensor, scale: torch.Tensor, normalized: float) -> torch.Tensor:
+    """Raw score above which Anomalib's own post-processor calls one anomalous.
+
+    Args:
+        center: Raw score that becomes 0.5.
+        scale: Range of raw scores that becomes [0, 1].
+        normalized: Threshold of normalised scores. These are cut at 1, so none is above a threshold of 1.
+
+    Returns:
+        A scalar, infinite where no score is anomalous.
+    """
+    return center + (normalized - 0.5) * scale if normalized < 1 else torch.full_like(center, torch.inf)
 
 
 def _finite(value: torch.Tensor) -> float | None:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from anomalib.data import AnomalibDataModule
 from torchvision.transforms.v2.functional import resize
 
 from .checks import require
+from .region import WHOLE_IMAGE, WholeImage
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +28,16 @@ WEIGHTED = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMu
 IMAGES = 300  # for calibration, NNCF's own number
 
 
-def quantize_file(in_float: Path, quantized: Path, datamodule: AnomalibDataModule | None) -> Path:
+def quantize_file(
+    in_float: Path, quantized: Path, datamodule: AnomalibDataModule | None, region: WholeImage = WHOLE_IMAGE
+) -> Path:
     """Quantise an OpenVINO file of any of Anomalib's models with the normal validation images of a datamodule.
 
     Args:
         in_float: Path of the ``.xml`` of the model in float32.
         quantized: Path of the ``.xml`` that is written.
         datamodule: Where the images are.
+        region: The model's.
 
     Returns:
         ``quantized``.
@@ -48,16 +53,20 @@ def quantize_file(in_float: Path, quantized: Path, datamodule: AnomalibDataModul
     sides = model.input(0).partial_shape[2:]
     size = tuple(side.get_length() for side in sides) if all(side.is_static for side in sides) else None
     quantized.parent.mkdir(parents=True, exist_ok=True)
-    openvino.save_model(quantize(model, normal_validation_images(datamodule, size)), quantized, compress_to_fp16=False)
+    made = quantize(model, normal_validation_images(datamodule, size), region)
+    openvino.save_model(made, quantized, compress_to_fp16=False)
     return quantized
 
 
-def quantize(model: Any, images: Sequence[np.ndarray], deviation: float = DEVIATION) -> Any:
+def quantize(
+    model: Any, images: Sequence[np.ndarray], region: WholeImage = WHOLE_IMAGE, deviation: float = DEVIATION
+) -> Any:
     """Quantise a model's weights and activations to INT8 (post-training quantisation).
 
     Args:
         model: ``openvino.Model`` with an output ``anomaly_map``, or else ``pred_score``.
         images: Of normal validation images, each (1, 3, H, W) as the model takes them.
+        region: Where maps are compared; outside they are 0 in any precision.
         deviation: By how much the mean of the maps' differences may exceed nothing, as a share of their range.
 
     Returns:
@@ -68,7 +77,7 @@ def quantize(model: Any, images: Sequence[np.ndarray], deviation: float = DEVIAT
     """
     require("images", len(images), len(images) > 0, "at least one normal validation image")
     nncf = import_module("nncf")
-    expected = maps_of(model, images)
+    expected = maps_of(model, images, region)
     names = [op.get_friendly_name() for op in model.get_ordered_ops()]
     # Layers with weights, in the order of the graph; at each the part that stays in float may begin.
     starts = [names.index(op.get_friendly_name()) for op in model.get_ordered_ops() if op.get_type_name() in WEIGHTED]
@@ -76,7 +85,7 @@ def quantize(model: Any, images: Sequence[np.ndarray], deviation: float = DEVIAT
     def in_float_from(start: int) -> tuple[Any, float]:
         scope = nncf.IgnoredScope(names=names[start:], validate=False)
         quantized = nncf.quantize(model, nncf.Dataset(images), ignored_scope=scope, subset_size=IMAGES)
-        found = difference(maps_of(quantized, images), expected)
+        found = difference(maps_of(quantized, images, region), expected)
         logger.info("INT8 up to operation %s of %s: maps deviate by %.2f %%", start, len(names), 100 * found)
         return quantized, found
 
@@ -119,12 +128,14 @@ def difference(maps: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(maps - expected).mean()) / spread if spread > 0 else float(np.abs(maps - expected).max() > 0)
 
 
-def maps_of(model: Any, images: Sequence[np.ndarray]) -> np.ndarray:
-    """Anomaly maps of images, or scores where a model has no maps."""
+def maps_of(model: Any, images: Sequence[np.ndarray], region: WholeImage = WHOLE_IMAGE) -> np.ndarray:
+    """What lies inside a region of images' anomaly maps, or scores where a model has no maps."""
     compiled = import_module("openvino").compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     names = {name for output in compiled.outputs for name in output.names}
-    key = "anomaly_map" if "anomaly_map" in names else "pred_score"
-    return np.concatenate([compiled(image)[key] for image in images])
+    if "anomaly_map" not in names:
+        return np.concatenate([compiled(image)["pred_score"] for image in images])
+    maps = np.concatenate([compiled(image)["anomaly_map"] for image in images])
+    return region.take(torch.from_numpy(maps)).numpy()
 
 
 def normal_validation_images(

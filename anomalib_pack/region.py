@@ -176,8 +176,13 @@ class Region(WholeImage):
         height, width = map(int, size)
         key = ("pixels", height, width)
         if key not in self._kept:
-            self._kept[key] = self._covers(height, width)
+            self._keep(key, self._covers(height, width))
         return self._kept[key]
+
+    def _keep(self, key: tuple, value: Any) -> None:
+        if len(self._kept) >= KEPT:
+            self._kept.clear()
+        self._kept[key] = value
 
     def _constant(self, key: tuple, make: Callable[[], np.ndarray]) -> torch.Tensor:
         """A tensor on the device that the key ends with, made once."""
@@ -186,9 +191,7 @@ class Region(WholeImage):
         with torch.inference_mode(mode=False):  # training needs it too
             tensor = torch.from_numpy(make()).to(key[-1])
         if type(tensor) is torch.Tensor:  # no stand-in, as while a graph is exported
-            if len(self._kept) >= KEPT:
-                self._kept.clear()
-            self._kept[key] = tensor
+            self._keep(key, tensor)
         return tensor
 
     def fill(self, images: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_pack.metadata import Normalization, normalizations, read_metadata, write_metadata
 from anomalib_pack.post_processing import RankPreservingPostProcessor
+from anomalib_pack.records.thresholds import image_thresholds
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -74,6 +75,22 @@ def test_thresholds_are_those_of_the_labels(kind: type[PostProcessor], arguments
         labels = scores >= threshold if found.decision == ">=" else scores > threshold
         away = (scores - threshold).abs() > 1e-5  # of where rounding decides
         assert torch.equal(labels[away], result.pred_label[away])
+
+
+@pytest.mark.parametrize("values", [1, 2])
+@pytest.mark.parametrize("sensitivity", [0, 1])
+def test_anomalibs_own_thresholds_at_the_ends(sensitivity: float, values: int) -> None:
+    """Scores are cut at 0 and 1, so none is above 1; records of a run say the same."""
+    post_processor = PostProcessor(image_sensitivity=sensitivity)
+    set_statistics(post_processor)
+    if values == 1:  # all validation scores are equal
+        post_processor._image_min = post_processor._image_max = post_processor.image_threshold.clone()
+    found = normalizations(post_processor)[0]
+    raw = torch.tensor([20.0, 29.0, 31.0, 49.0, 51.0, 90.0])
+    result = post_processor(InferenceBatch(pred_score=raw))
+    labels = found.is_anomalous(raw.numpy(), result.pred_score.numpy())
+    assert labels.tolist() == result.pred_label.tolist()
+    assert (raw > image_thresholds(post_processor).raw).tolist() == result.pred_label.tolist()
 
 
 def test_before_a_validation_nothing_is_known() -> None:

@@ -23,9 +23,14 @@ ARGUMENTS = {
 }
 
 
-def scores(folder: Path) -> dict[str, float]:
+def column(folder: Path, name: str) -> dict[str, str]:
+    """What the records have of each image."""
     with (folder / "test_predictions.csv").open(newline="") as file:
-        return {row["image_path"]: float(row["raw_score"]) for row in csv.DictReader(file)}
+        return {row["image_path"]: row[name] for row in csv.DictReader(file)}
+
+
+def scores(folder: Path) -> dict[str, float]:
+    return {path: float(score) for path, score in column(folder, "raw_score").items()}
 
 
 def banks(folder: Path) -> dict[str, torch.Tensor]:
@@ -35,7 +40,7 @@ def banks(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_two_nodes(tmp_path: Path, loco_root: Path) -> None:
-    """The first node has the results, which are those of one; the other has pictures alone. Banks hold all images."""
+    """Results are those of one, in one folder, which ``latest`` leads to. Banks hold all images."""
     seeding = {"class_path": "anomalib_pack.callbacks.SeedEverything", "init_args": {"seed": 7}}
     data = {"root": str(loco_root), "category": "tray", "train_batch_size": 4, "eval_batch_size": 3, "num_workers": 0}
     config = {
@@ -73,12 +78,12 @@ def test_two_nodes(tmp_path: Path, loco_root: Path) -> None:
             process.kill()
     (one,) = (tmp_path / "one").glob(f"{MODEL}/*/tray/v0")
     (first,) = folders
-    second = first.with_name("v1")
-    assert {path.name for path in second.iterdir()} == {"images"}
+    assert {path.name for path in first.parent.iterdir()} == {"v0", "latest"}
+    assert first.with_name("latest").resolve() == first
     assert {path.name for path in one.iterdir()} == {path.name for path in first.iterdir()}
     assert scores(first) == pytest.approx(scores(one), abs=1e-4)
-    pictures = [{str(path.relative_to(folder)) for path in folder.rglob("*.png")} for folder in (one, first, second)]
-    assert pictures[1] | pictures[2] == pictures[0]
+    pictures = [{path.relative_to(folder).as_posix() for path in folder.rglob("*.png")} for folder in (one, first)]
+    assert pictures[0] == pictures[1] == set(column(first, "picture").values())
     expected = banks(one)
     assert expected
     for name, bank in banks(first).items():

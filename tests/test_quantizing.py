@@ -17,6 +17,7 @@ from anomalib_pack.quantizing import (
     quantize,
     quantize_file,
 )
+from anomalib_pack.region import Region
 
 pytest.importorskip("nncf")
 
@@ -24,8 +25,9 @@ pytest.importorskip("nncf")
 class Detector(nn.Module):
     """Two convolutions, and a map in which INT8 loses everything: a small difference of large numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, inside: torch.Tensor | float = 1.0) -> None:
         super().__init__()
+        self.inside = inside
         torch.manual_seed(0)
         self.features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
         self.map = nn.Conv2d(8, 1, 1)
@@ -33,7 +35,7 @@ class Detector(nn.Module):
         self.features[2].weight.data[1] = self.features[2].weight.data[0] * 1.001
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"anomaly_map": self.map(self.features(images))}
+        return {"anomaly_map": self.map(self.features(images)) * self.inside}
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,24 @@ def test_last_layers_stay_in_float_where_maps_need_it(model: openvino.Model, ima
     in_int8 = convolutions_in_int8(quantized)
     assert in_int8[0]
     assert not in_int8[2]
+
+
+def test_maps_are_compared_within_the_region(model: openvino.Model, images: list[np.ndarray]) -> None:
+    """What lies outside, where no precision changes the 0 there, does not thin out the difference inside."""
+    mask = np.zeros((32, 32), dtype=bool)
+    mask[:4, :8] = True
+    inside = openvino.convert_model(
+        Detector(torch.from_numpy(mask).float()).eval(),
+        example_input=torch.from_numpy(images[0]),
+        input=[1, 3, 32, 32],
+    )
+    in_int8 = quantize(inside, images, Region(mask), deviation=np.inf)
+    everywhere = difference(maps_of(in_int8, images), maps_of(inside, images))
+    within = difference(maps_of(in_int8, images, Region(mask)), maps_of(inside, images, Region(mask)))
+    assert within > 10 * everywhere > 0
+    deviation = (within + everywhere) / 2
+    assert convolutions_in_int8(quantize(inside, images, deviation=deviation)) == [True, True, True]
+    assert not convolutions_in_int8(quantize(inside, images, Region(mask), deviation))[2]
 
 
 def test_float_where_nothing_else_will_do(model: openvino.Model, images: list[np.ndarray]) -> None:

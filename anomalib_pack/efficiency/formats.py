@@ -24,7 +24,9 @@ from anomalib_pack.efficiency.models import build
 from anomalib_pack.efficiency.settings import Entry, Settings
 from anomalib_pack.efficiency.timing import latency, pass_times
 from anomalib_pack.exporting import check_installed
+from anomalib_pack.process import in_own_process
 from anomalib_pack.quantizing import quantize_file
+from anomalib_pack.region import region_of
 from anomalib_pack.runtimes import OnnxRuntime, OpenVinoRuntime, Runtime, TorchRuntime
 
 PRECISIONS = {
@@ -38,7 +40,7 @@ NEEDS = {"torch": [], "onnx": ["onnx", "onnxscript", "onnxruntime"], "openvino":
 
 
 def measure_format(entry: Entry, settings: Settings, kind: str, folder: Path) -> dict[str, Any]:
-    """Export a model and measure the file, in this process.
+    """Export a model in another process, and measure the file in this one.
 
     Args:
         entry: The model.
@@ -49,28 +51,39 @@ def measure_format(entry: Entry, settings: Settings, kind: str, folder: Path) ->
     Returns:
         A row of the results; its keys are the columns that docs/efficiency.md explains.
     """
+    # What exporters leave running would be measured too: OpenVINO's telemetry starts processes, which seek a network.
+    file, size = in_own_process(write, entry, settings, kind, folder)
+    label = f"{entry.name}, {kind}"
+    row: dict[str, Any] = {"format": kind, "precision": PRECISIONS[kind], "size_mib": round(file_size(file) / MIB, 2)}
+    # Before the graph is loaded: of two at once ONNX Runtime's threads, which stay awake, would disturb each other.
+    source = torch.load(file, weights_only=False)["model"] if kind == "torch" else file
+    row |= inspection(source, size, "cpu", settings, label)
+    run = load(file, kind)
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).numpy()
     device = torch.device("cpu")
-    data = None if settings.accuracy_data is None else prepared(settings.accuracy_data)
+    counts = {"warmup": settings.warmup, "passes": settings.passes}
+    times = [pass_times(lambda: run(image), device, **counts, label=label) for _ in range(settings.runs)]
+    row |= latency(np.stack(times))
+    if settings.accuracy_data is not None:
+        row |= compared(run, prepared(settings.accuracy_data), kind, folder)
+    return {"image_size": f"{size[0]} x {size[1]}", **counts, "runs": settings.runs, **row, **environment(device)}
+
+
+def write(entry: Entry, settings: Settings, kind: str, folder: Path) -> tuple[Path, tuple[int, int]]:
+    """Write the file of a format.
+
+    Returns:
+        Its path, and height and width of the images to measure it with.
+    """
     torch_file = folder / "weights" / "torch" / "model.pt"
     if kind == "torch":
         model, _ = build(entry, settings.device)
         model.eval().to_torch(folder)
+        file = torch_file
     else:
         model = torch.load(torch_file, weights_only=False)["model"].eval()
-    file = torch_file if kind == "torch" else export(model, kind, folder / kind, data or prepared(entry.data))
-    run = load(file, kind)
-    size = entry.image_size or model.input_size
-    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).numpy()
-    label = f"{entry.name}, {kind}"
-    counts = {"warmup": settings.warmup, "passes": settings.passes}
-    times = [pass_times(lambda: run(image), device, **counts, label=label) for _ in range(settings.runs)]
-    row = {"format": kind, "precision": PRECISIONS[kind], "size_mib": round(file_size(file) / MIB, 2)}
-    row |= latency(np.stack(times))
-    source = torch.load(file, weights_only=False)["model"] if kind == "torch" else file
-    row |= inspection(source, tuple(size), "cpu", settings, label)
-    if data is not None:
-        row |= compared(run, data, kind, folder)
-    return {"image_size": f"{size[0]} x {size[1]}", **counts, "runs": settings.runs, **row, **environment(device)}
+        file = export(model, kind, folder / kind, prepared(settings.accuracy_data or entry.data))
+    return file, tuple(entry.image_size or model.input_size)
 
 
 def prepared(config: dict[str, Any]) -> AnomalibDataModule:
@@ -92,7 +105,8 @@ def export(model: AnomalibModule, kind: str, folder: Path, datamodule: AnomalibD
     if kind == "onnx":
         return model.to_onnx(folder)
     if kind == "openvino_int8":  # as the pack's models do by themselves, for those of others too
-        return quantize_file(model.to_openvino(folder / "float32"), folder / "model.xml", datamodule)
+        in_float = model.to_openvino(folder / "float32")
+        return quantize_file(in_float, folder / "model.xml", datamodule, region_of(model))
     compression = CompressionType.FP16 if kind == "openvino_float16" else None
     return model.to_openvino(folder, compression_type=compression)
 

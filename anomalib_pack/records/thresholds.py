@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from anomalib.post_processing import PostProcessor
 
-from anomalib_pack.post_processing import RankPreservingPostProcessor
+from anomalib_pack.metadata import stock_raw_threshold
+from anomalib_pack.post_processing import RankPreservingPostProcessor, threshold_and_scale
 
 
 class Thresholds(NamedTuple):
@@ -30,14 +31,12 @@ def image_thresholds(post_processor: Any) -> Thresholds:
     if not isinstance(post_processor, PostProcessor) or not post_processor.enable_thresholding:
         return Thresholds(math.nan, math.nan)
     normalized = float(post_processor.normalized_image_threshold)
-    low, high = float(post_processor.image_min), float(post_processor.image_max)
-    is_normalizing = post_processor.enable_normalization and not math.isnan(high - low)
+    threshold, low, high = post_processor.image_threshold, post_processor.image_min, post_processor.image_max
+    is_normalizing = post_processor.enable_normalization and not (high - low).isnan()
     if isinstance(post_processor, RankPreservingPostProcessor):
         raw = float(post_processor.raw_image_threshold)
         return Thresholds(raw, normalized if is_normalizing else raw)
     if not is_normalizing:  # the threshold for normalised scores then meets raw ones
         return Thresholds(normalized, normalized)
-    threshold = float(post_processor.image_threshold)
-    middle = (low + high) / 2 if math.isnan(threshold) else threshold
-    # Scores are cut at 1, so none is above a threshold of 1.
-    return Thresholds(middle + (normalized - 0.5) * (high - low) if normalized < 1 else math.inf, normalized)
+    center, _ = threshold_and_scale(threshold, low, high)
+    return Thresholds(float(stock_raw_threshold(center, high - low, normalized)), normalized)
