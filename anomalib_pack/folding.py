@@ -212,7 +212,7 @@ def fold(network: nn.Module, folded: nn.Module, pair: Pair) -> None:
     target = folded.get_submodule(pair.convolution)
     target.weight = nn.Parameter(kernel.contiguous(memory_format=fast_layout(kernel)), requires_grad=False)
     target.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
-    behind = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+    behind = norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity()  # it drops in training only
     folded.set_submodule(pair.norm, behind)
 
 

@@ -114,6 +114,7 @@ CASES = {
             "lr": 2e-3,  # ten times the paper's, for a hundredth of its steps
         },
         epochs=14,
+        slow_checks=("test_two_processes_measure_what_one_does",),
         impossible={
             "region": [[[0.0, 0.0], [1.0, 1.0]]],  # two points
             "feature_dim": 0,
