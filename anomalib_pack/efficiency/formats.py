@@ -83,7 +83,8 @@ def write(entry: Entry, settings: Settings, kind: str, folder: Path) -> tuple[Pa
     else:
         model = torch.load(torch_file, weights_only=False)["model"].eval()
         file = export(model, kind, folder / kind, prepared(settings.accuracy_data or entry.data))
-    return file, tuple(entry.image_size or model.input_size)
+    height, width = entry.image_size or model.input_size
+    return file, (height, width)
 
 
 def prepared(config: dict[str, Any]) -> AnomalibDataModule:
