@@ -61,7 +61,8 @@ def test_network_learns_ranges(acme: object) -> None:
     at_once.learn(images)
     for part in images.split(3):
         in_parts.learn(part)
-    assert torch.equal(at_once(others).anomaly_map, in_parts(others).anomaly_map)
+    # Convolutions of batches of another size round otherwise.
+    torch.testing.assert_close(at_once(others).anomaly_map, in_parts(others).anomaly_map, atol=1e-6, rtol=0)
     assert not at_once(images).anomaly_map.any()
     assert (at_once(others).pred_score > 0).all()
 
