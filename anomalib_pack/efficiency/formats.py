@@ -82,7 +82,8 @@ def write(entry: Entry, settings: Settings, kind: str, folder: Path) -> tuple[Pa
         file = torch_file
     else:
         model = torch.load(torch_file, weights_only=False)["model"].eval()
-        file = export(model, kind, folder / kind, prepared(settings.accuracy_data or entry.data))
+        calibration = prepared(settings.accuracy_data or entry.data) if kind == "openvino_int8" else None
+        file = export(model, kind, folder / kind, calibration)
     height, width = entry.image_size or model.input_size
     return file, (height, width)
 
@@ -95,7 +96,7 @@ def prepared(config: dict[str, Any]) -> AnomalibDataModule:
     return datamodule
 
 
-def export(model: AnomalibModule, kind: str, folder: Path, datamodule: AnomalibDataModule) -> Path:
+def export(model: AnomalibModule, kind: str, folder: Path, datamodule: AnomalibDataModule | None) -> Path:
     """Write a model as a file for images of any size.
 
     Raises:
