@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -63,6 +65,24 @@ def new_folder(folder: Path) -> Iterator[Path]:
         except OSError:
             if not folder.is_dir():
                 raise
+
+
+def dated_folder(parent: Path) -> Path:
+    """Make a folder with the time as its name, as `anomalib benchmark` has them.
+
+    Returns:
+        The folder; the second one of the same second ends in ``_2``.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    name = f"{datetime.now():%Y-%m-%d-%H_%M_%S}"
+    for number in count(1):
+        folder = parent / (name if number == 1 else f"{name}_{number}")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+    return folder
 
 
 def unwritable(path: Path, error: OSError) -> OSError:

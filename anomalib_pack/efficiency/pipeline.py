@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +26,7 @@ from anomalib_pack.efficiency.report import (
     write_markdown,
 )
 from anomalib_pack.efficiency.settings import Entry, Settings, check_device, entries
-from anomalib_pack.files import replace_file
+from anomalib_pack.files import dated_folder, replace_file
 
 
 class Efficiency(Pipeline):
@@ -63,9 +62,7 @@ class Efficiency(Pipeline):
             check_device(settings.device)
             models = entries(settings)
             accuracy = read_accuracy(settings.results, settings.metric) if settings.results else {}
-            # A time, as `anomalib benchmark` names its folders.
-            folder = Path("runs", "efficiency", f"{datetime.now():%Y-%m-%d-%H_%M_%S}")
-            folder.mkdir(parents=True)
+            folder = dated_folder(Path("runs", "efficiency"))
         except (OSError, ValueError) as error:  # e.g. a full disk
             parser.error(str(error))
         rows = _measure_all(models, settings, accuracy, folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from textwrap import shorten
 
@@ -15,7 +14,7 @@ from anomalib.pipelines.components.base import Runner
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from anomalib_pack.files import replace_file
+from anomalib_pack.files import dated_folder, replace_file
 from anomalib_pack.sweep.cluster import RayRunner
 from anomalib_pack.sweep.comparison import compare
 from anomalib_pack.sweep.job import RESULTS, SweepJobGenerator
@@ -106,7 +105,7 @@ class Sweep(Benchmark):
                 plan = replace(plan, experiments=[replace(each, keep=keep) for each in plan.experiments])
                 if _look(args, plan.experiments, of_papers):
                     return
-                folder = args.store if of_papers else _folder(args.resume)
+                folder = args.store if of_papers else _earlier(args.resume)
                 run_jobs = self._run_jobs
                 if args.runner == "ray":
                     cluster = stack.enter_context(RayRunner(args.ray.address))
@@ -115,6 +114,7 @@ class Sweep(Benchmark):
                     run_jobs = cluster.run_jobs
                 elif not of_papers:
                     _check_devices(plan.accelerators)
+                folder = folder or dated_folder(SWEEPS)
                 (folder / LOGS).mkdir(parents=True, exist_ok=True)
                 if not of_papers:
                     replace_file(folder / CONFIG, config.encode())
@@ -168,8 +168,8 @@ def _look(args: Namespace, experiments: list[Experiment], of_papers: bool) -> bo
     if args.compare:
         _compare(args, experiments, of_papers)
     elif args.list:
-        folder = args.store if of_papers else _folder(args.resume)
-        list_jobs(experiments, rows_by_job(folder / RESULTS))
+        folder = args.store if of_papers else _earlier(args.resume)
+        list_jobs(experiments, rows_by_job(folder / RESULTS) if folder else {})
     elif args.dry_run:
         rehearse(experiments)
     return bool(args.compare or args.list or args.dry_run)
@@ -215,11 +215,8 @@ def _check_devices(accelerators: list[str]) -> None:
         raise ValueError(msg)
 
 
-def _folder(resume: Path | None) -> Path:
-    if resume is None:
-        # A time, as `anomalib benchmark` names its folders.
-        return SWEEPS / f"{datetime.now():%Y-%m-%d-%H_%M_%S}"
-    if not (resume / CONFIG).is_file():
+def _earlier(resume: Path | None) -> Path | None:
+    if resume is not None and not (resume / CONFIG).is_file():
         msg = f"resume must be the folder of a sweep, with a {CONFIG}, got {resume}."
         raise ValueError(msg)
     return resume
