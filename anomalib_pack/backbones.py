@@ -168,7 +168,11 @@ class Backbone(nn.Module):
         Returns:
             Patch tokens (B, D, H / stride, W / stride) and class tokens (B, D).
         """
-        [(patches, prefix)] = self.network.forward_intermediates(
+        return self._tokens(self.network, images)
+
+    def _tokens(self, network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Extract tokens by this backbone's network or a copy of it."""
+        [(patches, prefix)] = network.forward_intermediates(
             (images - self.mean) / self.std,
             indices=self.indices,
             return_prefix_tokens=True,
@@ -181,7 +185,7 @@ class Backbone(nn.Module):
 class FrozenBackbone(Backbone):
     """A backbone that is never trained: without gradients and always in eval mode. Arguments are the backbone's.
 
-    A CNN's features are those of a folded copy of the network; see ``anomalib_pack.folding``.
+    Features are those of a copy of the network that is folded and packed; see ``anomalib_pack.folding``.
 
     Example:
         >>> backbone = FrozenBackbone("resnet18", ["layer2", "layer3"], weights=None)
@@ -208,7 +212,7 @@ class FrozenBackbone(Backbone):
     @torch.no_grad()
     def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Extract a block's tokens, without a gradient."""
-        return super().tokens(images)
+        return self._folding.run(self.network, images, self._tokens)
 
 
 def check_name(name: str, argument: str = "backbone", prefix: str = "") -> None:

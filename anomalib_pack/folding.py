@@ -1,11 +1,12 @@
 """Networks folded for inference: a BatchNorm becomes part of the convolution before it.
 
 What runs where: in eval mode and without gradients a folded copy of the network, whose convolutions have the channels
-last on a CPU; in training, with gradients, with hooks, and in what compilers and exporters record, the network itself.
-The copy's results are the network's but for rounding.
+last on a CPU and whose layers are packed there (see ``anomalib_pack.packing``); in training, with gradients, with
+hooks, and in what compilers and exporters record, the network itself. The copy's results are the network's but for
+rounding.
 
 The copy is derived when it is needed and never stored: state dicts, checkpoints, pickles and exported files hold the
-network alone. It shares with the network whatever is not folded; weights of folded convolutions are there twice.
+network alone. It shares with the network whatever is neither folded nor packed; other weights are there twice.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
+from .packing import is_packable, pack, packs
+
+Inputs = TypeVar("Inputs")  # a tensor or tensors
 Result = TypeVar("Result")
-Call = Callable[[nn.Module, torch.Tensor], Result]
+Call = Callable[[nn.Module, Inputs], Result]
 CONVOLUTIONS = (F.conv2d, F.conv_transpose2d)
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)  # exactly these: others may compute something else
 
@@ -43,6 +47,7 @@ class Copy(NamedTuple):
     tensors: list[torch.Tensor]  # kept alive with their storages, so that no others can pass for them
     storages: list[torch.UntypedStorage]
     stamps: list[int]
+    packed: bool
 
 
 class Folding:
@@ -62,39 +67,39 @@ class Folding:
     def __init__(self) -> None:
         self._modules: list[nn.Module] = []
         self._pairs: list[Pair] = []
+        self._sizes: dict[str, torch.Size] = {}
         self._copy: Copy | None = None
 
-    def run(self, network: nn.Module, images: torch.Tensor, call: Call[Result]) -> Result:
+    def run(self, network: nn.Module, inputs: Inputs, call: Call[Inputs, Result]) -> Result:
         """Run a network, always the same one.
 
         Args:
             network: The network.
-            images: Images or features, (B, C, H, W).
-            call: What to do with the network, or its copy, and the images.
+            inputs: Images or features, (B, ...), or several tensors of this kind.
+            call: What to do with the network, or its copy, and the inputs.
 
         Returns:
             What ``call`` returns.
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return call(network, images)
+            return call(network, inputs)
         modules = all_modules(network)
         if torch.is_grad_enabled() or any(module.training for module in modules):
             self.clear()
-            return call(network, images)
+            return call(network, inputs)
         if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
-            return call(network, images)  # hooks see what each module itself gives
-        return call(self._folded(network, modules, images, call), images)
+            return call(network, inputs)  # hooks see what each module itself gives
+        return call(self._folded(network, modules, inputs, call), inputs)
 
     def clear(self) -> None:
         """Forget the copy."""
         self._copy = None
 
-    def _folded(self, network: nn.Module, modules: list[nn.Module], images: torch.Tensor, call: Call) -> nn.Module:
+    def _folded(self, network: nn.Module, modules: list[nn.Module], inputs: Any, call: Call) -> nn.Module:
         if modules != self._modules:
-            self._pairs = find_pairs(network, lambda: call(network, images[:1]))
+            calls = watch(lambda: call(network, tree_map(lambda tensor: tensor[:1], inputs)))
+            self._pairs, self._sizes = find_pairs(network, calls), find_sizes(network, calls)
             self._modules, self._copy = modules, None
-        if not self._pairs:
-            return network
         tensors = [
             tensor
             for module in modules
@@ -102,21 +107,26 @@ class Folding:
             for tensor in group.values()
             if tensor is not None
         ]
+        packed = bool(self._sizes) and packs(tensors[0])
         now = stamps(tensors)
-        if now is None:
+        if now is None or not (packed or self._pairs):
             return network
-        if self._copy is None or self._copy.stamps != now:
+        if self._copy is None or self._copy.stamps != now or self._copy.packed != packed:
             # Outside inference mode, whose tensors do not count changes.
             with torch.inference_mode(mode=False), torch.no_grad():
-                folded = self._copy.network if self._shares(tensors) else sharing_copy(network, tensors)
+                folded = self._copy.network if self._shares(tensors, packed) else sharing_copy(network, tensors)
                 for pair in self._pairs:
                     fold(network, folded, pair)
-            self._copy = Copy(folded, tensors, [tensor.untyped_storage() for tensor in tensors], now)
+                if packed:
+                    pack_layers(folded, self._sizes, {pair.convolution for pair in self._pairs})
+            storages = [tensor.untyped_storage() for tensor in tensors]
+            self._copy = Copy(folded, tensors, storages, now, packed)
         return self._copy.network
 
-    def _shares(self, tensors: list[torch.Tensor]) -> bool:
-        """Whether there is a copy with these very tensors, and only their values have changed."""
-        return self._copy is not None and all(map(operator.is_, tensors, self._copy.tensors))
+    def _shares(self, tensors: list[torch.Tensor], packed: bool) -> bool:
+        """Whether there is such a copy with these very tensors, and only their values have changed."""
+        copied = self._copy
+        return copied is not None and copied.packed == packed and all(map(operator.is_, tensors, copied.tensors))
 
     def __reduce__(self) -> tuple[type[Folding], tuple[()]]:
         """Copied and pickled without the folded network, which is made again when it is needed."""
@@ -131,12 +141,15 @@ def all_modules(network: nn.Module) -> list[nn.Module]:
     return found
 
 
+FunctionCall = tuple[Callable, list[torch.Tensor], Any]  # function, tensors it takes, and result
+
+
 class Observer(TorchFunctionMode):
     """Records calls of functions that give tensors."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Callable, list[torch.Tensor], Any]] = []  # function, tensors it takes, and result
+        self.calls: list[FunctionCall] = []
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -145,19 +158,27 @@ class Observer(TorchFunctionMode):
         return result
 
 
-def find_pairs(network: nn.Module, call: Callable[[], Any]) -> list[Pair]:
-    """Find what can be folded by watching the network.
+class Calls(NamedTuple):
+    """What a network did."""
+
+    calls: list[FunctionCall]
+    results: list[torch.Tensor]
+
+
+def watch(run: Callable[[], Any]) -> Calls:
+    """Run a network, in eval mode, and watch it."""
+    with Observer() as observer:
+        results = run()
+    return Calls(observer.calls, _tensors(results))
+
+
+def find_pairs(network: nn.Module, watched: Calls) -> list[Pair]:
+    """Find what can be folded.
 
     Whatever a network is made of, a pair is a convolution with a parameter as its kernel, once, whose result a
     BatchNorm takes, and nobody else.
-
-    Args:
-        network: In eval mode.
-        call: Runs it.
     """
-    with Observer() as observer:
-        results = call()
-    taken = [tensor for _, inputs, _ in observer.calls for tensor in inputs] + _tensors(results)
+    taken = [tensor for _, inputs, _ in watched.calls for tensor in inputs] + watched.results
     uses = Counter(map(id, taken))
     convolutions, norms = {}, {}  # names by tensors
     for name, module in network.named_modules():
@@ -166,7 +187,7 @@ def find_pairs(network: nn.Module, call: Callable[[], Any]) -> list[Pair]:
         elif type(module) in NORMS:
             norms[id(module.running_mean)] = name
     made_by, pairs = {}, []  # convolutions by their results
-    for function, inputs, result in observer.calls:
+    for function, inputs, result in watched.calls:
         if function in CONVOLUTIONS:
             weight = inputs[1]
             if id(weight) in convolutions and uses[id(weight)] == 1:
@@ -176,6 +197,16 @@ def find_pairs(network: nn.Module, call: Callable[[], Any]) -> list[Pair]:
             if id(maps) in made_by and uses[id(maps)] == 1 and id(mean) in norms and uses[id(mean)] == 1:
                 pairs.append(Pair(made_by[id(maps)], norms[id(mean)]))
     return pairs
+
+
+def find_sizes(network: nn.Module, watched: Calls) -> dict[str, torch.Size]:
+    """Find the layers that can be packed, by their names, and the sizes of their inputs."""
+    names = {id(layer.weight): name for name, layer in network.named_modules() if is_packable(layer)}
+    return {
+        names[id(inputs[1])]: inputs[0].shape
+        for function, inputs, _ in watched.calls
+        if function in (*CONVOLUTIONS, F.linear) and id(inputs[1]) in names
+    }
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -214,6 +245,16 @@ def fold(network: nn.Module, folded: nn.Module, pair: Pair) -> None:
     target.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
     behind = norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity()  # it drops in training only
     folded.set_submodule(pair.norm, behind)
+
+
+def pack_layers(folded: nn.Module, sizes: dict[str, torch.Size], own: set[str]) -> None:
+    """Pack layers of a copy, for inputs of these sizes; of its own ones nothing else is kept."""
+    for name, size in sizes.items():
+        layer = folded.get_submodule(name)
+        if packs(layer.weight):
+            pack(layer, size)
+            if name in own:
+                layer.weight = None
 
 
 def fast_layout(tensor: torch.Tensor) -> torch.memory_format:

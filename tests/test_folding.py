@@ -11,7 +11,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from anomalib_pack.backbones import FrozenBackbone
-from anomalib_pack.folding import Folding, find_pairs
+from anomalib_pack.folding import Folding, find_pairs, watch
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 TOLERANCE = 1e-5  # of the largest value
@@ -120,7 +120,7 @@ class Odd(nn.Module):
 def test_what_must_not_be_folded(kind: str) -> None:
     torch.manual_seed(0)
     network = unsettle(Odd(kind)).eval()
-    assert len(find_pairs(network, lambda: network(IMAGES))) == (kind == "a pair")
+    assert len(find_pairs(network, watch(lambda: network(IMAGES)))) == (kind == "a pair")
     torch.testing.assert_close(Folding().run(network, IMAGES, nn.Module.__call__), network(IMAGES))
 
 

@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from anomalib_pack.packing import unpacked
+
 
 def parameter_count(network: nn.Module) -> int:
     """Number of values in all parameters, trained or not.
@@ -56,7 +58,7 @@ def flops(network: nn.Module, images: torch.Tensor) -> int:
         with torch.inference_mode(mode=False), torch.no_grad():
             network(images)  # the first pass also finds what can be folded
             # Attention as matrix products: PyTorch 2.10 does not count the fused operator of CPUs.
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            with unpacked(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 network(images)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
@@ -77,6 +79,6 @@ def profiler_flops(network: nn.Module, images: torch.Tensor) -> int:
         Operations for the whole batch.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports its start and end on the console
-    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as prof:
+    with unpacked(), profile(activities=[ProfilerActivity.CPU], with_flops=True) as prof:
         network(images)
     return sum(event.flops for event in prof.key_averages())
