@@ -8,6 +8,7 @@ Each metric is computed by its own class on fields of the test batches that are 
 """
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -326,7 +327,7 @@ class GroupEvaluator(Evaluator):
             if metric.name in values:
                 continue
             if not isinstance(metric, pixel.PixelMetric):
-                value = self._updated(metric.clone().to(device), group).compute()
+                value = _computed(self._updated(metric.clone().to(device), group))
                 values |= {} if value is None else {metric.name: float(value)}
                 continue
             curve = self._curve(metric, group, device)
@@ -343,7 +344,7 @@ class GroupEvaluator(Evaluator):
             if all(getattr(first, field) is not None for field in metric.fields):
                 return metric.curve_of(lambda: self._original_batches(metric, group))
         fresh = self._updated(metric.clone().to(device), group)
-        if fresh.compute() is None:
+        if _computed(fresh) is None:
             return None
         fresh.reset()  # lets go of the pixels; as a reference cycle it would keep them for a while
         return fresh.curve
@@ -481,6 +482,13 @@ def _check_names(argument: str, names: Sequence[str]) -> None:
             f"{', '.join(twice)} twice. Give one of them another `prefix`."
         )
         raise ValueError(msg)
+
+
+def _computed(metric: AnomalibMetric) -> Tensor | None:
+    """Value of a metric; None if its fields do not exist, of which torchmetrics would warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The ``compute`` method of metric .* was called before", UserWarning)
+        return metric.compute()
 
 
 def _curve_of(metric: AnomalibMetric) -> tuple | None:

@@ -87,11 +87,20 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         OSError: If a folder or file is not there or cannot be read; the message says what to do.
         ValueError: If a file is none of records; the message names it.
     """
-    found = [run for folder in {each.resolve(): each for each in folders}.values() for run in _read(folder)]
+    found = [run for folder in {each.resolve(): _lasting(each) for each in folders}.values() for run in _read(folder)]
     shown = _names([run.folder.resolve() for run in found])
     named = [run if run.name else replace(run, name=name) for run, name in zip(found, shown, strict=True)]
     times = Counter(run.name for run in named)
     return [run if times[run.name] == 1 else replace(run, name=f"{run.name} ({run.folder})") for run in named]
+
+
+def _lasting(folder: Path) -> Path:
+    """What a link such as `latest` leads to now; the next run moves the link, and a report would name another model."""
+    if not folder.is_symlink():
+        return folder
+    real = folder.resolve()
+    beside = folder.with_name(real.name)  # shorter, and as it was given
+    return beside if beside.resolve() == real else real
 
 
 def _read(folder: Path) -> Iterator[Run]:

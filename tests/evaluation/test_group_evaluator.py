@@ -9,7 +9,7 @@ import ddp_run
 import numpy as np
 import pytest
 import torch
-from anomalib.data import MVTecAD, MVTecLOCO
+from anomalib.data import Folder, MVTecAD, MVTecLOCO
 from anomalib.data.datasets.image.mvtecad import MVTecADDataset
 from anomalib.engine import Engine
 from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1Max, F1Score
@@ -300,6 +300,15 @@ def test_overall_metrics_without_normal_images(loco, tmp_path):
     with pytest.warns(UserWarning, match=r"no normal test images: image_AUROC, .*, image_F1Score do not exist"):
         metrics = metrics_of_one_label(loco, True, tmp_path)
     assert set(metrics) == {name for name in DEFAULT_NAMES if name.startswith("pixel")}
+
+
+def test_data_without_masks_have_metrics_of_images_and_no_warning(images, tmp_path, recwarn):
+    folders = {"normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": "test/hole"}
+    datamodule = Folder("cloth", root=images / "cloth", num_workers=0, **folders)
+    model = tiny_model(RankPreservingPostProcessor(), GroupEvaluator())
+    metrics, _, _ = train_and_test(model, datamodule, tmp_path)
+    assert set(metrics) == {name for name in DEFAULT_NAMES if name.startswith("image")}
+    assert not [each for each in recwarn if "compute" in str(each.message)]
 
 
 def test_data_without_groups_name_those_with_them(loco, tmp_path):

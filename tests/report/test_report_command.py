@@ -82,6 +82,20 @@ def test_several_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert cells["dent", "Patchcore"] == [(0.1, False), (None, False)]
 
 
+def test_a_report_names_the_run_and_not_the_link_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next run moves `latest`; the command of this report must not set a threshold of another model."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = small_run(Path("tray/v0")) / "weights" / "lightning" / "model.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    Path("tray/latest").symlink_to(tmp_path / "tray" / "v0")
+    report("tray/latest")
+    (data,) = Page(tmp_path / "tray" / "v0" / "report.html").json("data")
+    assert (data["folder"], data["checkpoint"]) == ("tray/v0", str(checkpoint))
+    Path("elsewhere").symlink_to(tmp_path / "tray" / "v0")
+    assert read_runs([Path("elsewhere")])[0].folder == (tmp_path / "tray" / "v0").resolve()
+
+
 def test_the_best_of_the_runs_on_the_same_images(tmp_path: Path) -> None:
     images = {"a": ["1.png"], "b": ["1.png"], "c": ["2.png"]}
     for value, (name, paths) in enumerate(images.items()):
