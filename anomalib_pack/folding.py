@@ -107,7 +107,7 @@ class Folding:
             for tensor in group.values()
             if tensor is not None
         ]
-        packed = bool(self._sizes) and packs(tensors[0])
+        packed = bool(self._sizes) and packs(network.get_submodule(next(iter(self._sizes))).weight)
         now = stamps(tensors)
         if now is None or not (packed or self._pairs):
             return network
