@@ -24,7 +24,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .packing import is_packable, pack, packs
+from .packing import PacksItself, is_packable, pack, packs
 
 Inputs = TypeVar("Inputs")  # a tensor or tensors
 Result = TypeVar("Result")
@@ -255,6 +255,9 @@ def pack_layers(folded: nn.Module, sizes: dict[str, torch.Size], own: set[str]) 
             pack(layer, size)
             if name in own:
                 layer.weight = None
+    for module in folded.modules():
+        if isinstance(module, PacksItself):
+            module.pack_weights()
 
 
 def fast_layout(tensor: torch.Tensor) -> torch.memory_format:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from typing import Protocol, runtime_checkable
 
 import torch
 from timm.layers import Conv2dSame, pad_same
@@ -84,6 +85,14 @@ def pack(layer: nn.Module, size: Sequence[int]) -> None:
         size: Of the input for which the layout is chosen; others are computed as well.
     """
     layer.forward = FORWARDS[type(layer)](layer, size)
+
+
+@runtime_checkable
+class PacksItself(Protocol):
+    """A module with weights that are no layers of :data:`FORWARDS`."""
+
+    def pack_weights(self) -> None:
+        """Compute, from now on, by packed copies of the weights as they are; called on copies of the module only."""
 
 
 def is_packable(layer: nn.Module) -> bool:

@@ -64,4 +64,5 @@ def image_score(anomaly_map: torch.Tensor, kind: str = "max", region: WholeImage
 
 def pooled(anomaly_map: torch.Tensor) -> torch.Tensor:
     """Means of windows of a map, one at each pixel where a window fits."""
-    return F.avg_pool2d(anomaly_map, POOLING, stride=1)
+    columns = F.avg_pool2d(anomaly_map, (POOLING, 1), stride=1)  # of which each is averaged once, not for each window
+    return F.avg_pool2d(columns, (1, POOLING), stride=1)

@@ -22,6 +22,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_pack.backbones import Backbone, FrozenBackbone
 from anomalib_pack.checks import require
+from anomalib_pack.folding import Folding
 from anomalib_pack.region import Polygons, build_region
 from anomalib_pack.tiling import TakesTiles
 
@@ -265,6 +266,7 @@ class UniadModel(TakesTiles):
             jitter_scale=jitter_scale,
             jitter_prob=jitter_prob,
         )
+        self._folding = Folding()
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Extract f_org, (B, C, h, w), from RGB images in [0, 1].
@@ -290,7 +292,7 @@ class UniadModel(TakesTiles):
 
     def reconstruct(self, features: torch.Tensor) -> Reconstruction:
         """Reconstruct f_org, (B, C, h, w)."""
-        return Reconstruction(features, self.reconstruction(features))
+        return Reconstruction(features, self._folding.run(self.reconstruction, features, nn.Module.__call__))
 
     def forward(self, images: torch.Tensor) -> Reconstruction | InferenceBatch:
         """Run the model.

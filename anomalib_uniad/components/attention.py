@@ -12,6 +12,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_pack.packing import linear, pack_matrix
+
 from .dropout import draw, draws_quickly
 
 CACHED = 2**20  # logits that are worked on together, so that they stay in a processor's cache
@@ -143,7 +145,12 @@ class Attention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * channels, channels))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * channels))
         self.out_proj = nn.Linear(channels, channels)
-        nn.init.xavier_uniform_(self.in_proj_weight)  # of the packed matrix, as nn.MultiheadAttention does
+        nn.init.xavier_uniform_(self.in_proj_weight)  # of the joined matrix, as nn.MultiheadAttention does
+        self._packed: list[torch.Tensor] | None = None
+
+    def pack_weights(self) -> None:
+        """See :class:`~anomalib_pack.packing.PacksItself`."""
+        self._packed = [pack_matrix(weight) for weight in self.in_proj_weight.chunk(3)]
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
@@ -159,9 +166,9 @@ class Attention(nn.Module):
         Returns:
             (B, N, D).
         """
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        weights, biases = self._packed or self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q, k, v = (
-            self._split_heads(F.linear(tokens, weight, bias))
+            self._split_heads(linear(tokens, weight, bias))
             for tokens, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
         q = q.expand_as(k)

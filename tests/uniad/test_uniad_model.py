@@ -1,5 +1,6 @@
 """What is Uniad's own: initialisation, switches, jittering, schedule, checks."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,12 @@ import timm
 import torch
 from anomalib.engine import Engine
 from torch import nn
+from torch.profiler import profile
 from watch import Watch
 
 from anomalib_pack.backbones import Backbone
 from anomalib_pack.data import MVTecLoco
+from anomalib_pack.packing import packs
 from anomalib_uniad import Uniad
 from anomalib_uniad.torch_model import UniadModel
 
@@ -278,3 +281,37 @@ def test_training_that_ends_with_a_step(loco: MVTecLoco, tmp_path: Path) -> None
     watch, _ = train(loco, tmp_path, max_steps=10, max_epochs=-1, limit_train_batches=4)
     torch.testing.assert_close(watch.rates, 8 * [1e-4] + 2 * [1e-5])
     assert watch.validated[-1] == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reconstruction", ["transformer", "mlp", "cnn"])
+def test_reconstruction_by_a_packed_copy(reconstruction: str) -> None:
+    """In eval mode: what the network gives, also after it has changed, and nothing of it in state dict or pickle."""
+    model = network(reconstruction=reconstruction).eval()
+    names = list(model.state_dict())
+    features = model.features(images())
+    for _ in range(2):
+        expected = model.reconstruction(features)
+        torch.testing.assert_close(model.reconstruct(features).reconstruction, expected, atol=1e-5, rtol=1e-4)
+        assert model._folding._copy.network is not model.reconstruction
+        for parameter in model.reconstruction.parameters():
+            parameter.mul_(1.1)
+        assert not torch.allclose(model.reconstruction(features), expected, atol=1e-3)
+    assert list(model.state_dict()) == names
+    assert pickle.loads(pickle.dumps(model))._folding._copy is None
+
+
+@pytest.mark.skipif(not packs(torch.ones(1)), reason="needs oneDNN on an x86 processor")
+@torch.no_grad()
+def test_all_products_with_weights_are_packed() -> None:
+    """Of the copy; the program that is exported has none, also after a pass."""
+    model = network().eval()
+    features = model.features(images())
+    model.reconstruct(features)
+    with profile() as passed:
+        model.reconstruct(features)
+    names = [event.name for event in passed.events()]
+    assert names.count("mkldnn::_linear_pointwise") == 2 + 2 * (4 + 2) + 2 * (8 + 2)
+    assert "aten::addmm" not in names
+    program = torch.export.export(model, (images(),), strict=False)
+    assert not any("mkldnn" in str(node.target) for node in program.graph.nodes)
