@@ -64,6 +64,7 @@ def norms(network: nn.Module) -> int:
         ("regnety_002", ("s1", "s3")),
         ("repvgg_a0", ("stages.0", "stages.2")),  # BatchNorm without convolution
         ("convnext_atto", ("stages.0", "stages.1")),  # nothing to fold
+        ("vit_tiny_patch16_224", ("blocks.0", "blocks.2")),  # the same
         ("nf_resnet50", ("stages.0", "stages.1")),  # kernels that are computed; nothing to fold
     ],
     ids=str,
