@@ -2,7 +2,10 @@
 
 import configparser
 import re
+import shutil
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from textwrap import dedent
 
@@ -39,6 +42,22 @@ def test_page_shows_the_entry_points() -> None:
     parser.optionxform = str
     parser.read(FOLDER / block.file)
     assert tables == [(group, *entry) for group in parser.sections() for entry in parser.items(group)]
+
+
+def test_package_of_the_page_is_built(tmp_path: Path) -> None:
+    """By the shown `pyproject.toml`, with all files and entry points."""
+    [block] = [block for block in PAGE if block.language == "toml"]
+    shutil.copytree(FOLDER, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "pyproject.toml").write_text(block.code)
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "--target", "wheel"], check=True, cwd=tmp_path)
+    [wheel] = tmp_path.glob("dist/*.whl")
+    modules = {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.py")}
+    with zipfile.ZipFile(wheel) as archive:
+        assert {name for name in archive.namelist() if ".dist-info/" not in name} == modules
+        parsers = [configparser.ConfigParser() for _ in range(2)]
+        parsers[0].read_string(archive.read("acme_detectors-1.2.dist-info/entry_points.txt").decode())
+        parsers[1].read(FOLDER / block.file)
+        assert parsers[0] == parsers[1]
 
 
 @pytest.fixture(scope="module")
