@@ -72,7 +72,7 @@ def measure(model: UniadModel, call: Callable[[], torch.Tensor], arguments: argp
 class Unfolded(Folding):
     """Runs the network as it is."""
 
-    def run(self, network: nn.Module, images: torch.Tensor, call: Call[Result]) -> Result:
+    def run(self, network: nn.Module, images: torch.Tensor, call: Call[torch.Tensor, Result]) -> Result:
         """Run it."""
         return call(network, images)
 
