@@ -76,11 +76,12 @@ def dated_folder(parent: Path) -> Path:
     Raises:
         OSError: If it cannot be made.
     """
+    parent.mkdir(parents=True, exist_ok=True)
     name = f"{datetime.now():%Y-%m-%d-%H_%M_%S}"
     for number in count(1):
         folder = parent / (name if number == 1 else f"{name}_{number}")
         with suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             break
     return folder
 

@@ -1,11 +1,27 @@
-"""Fixtures for all tests: rendered images, and a network that cannot be reached."""
+"""Fixtures for all tests: rendered images, a network that cannot be reached, and no terminal that is the user's."""
 
 import os
+import random
+import sys
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub fails at once instead of waiting
+for variable in ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):  # tests read what pipes are given
+    os.environ.pop(variable, None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Let no test, nor the fixtures made for it, depend on the random numbers and seeds of those before it."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    for variable in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # by which Lightning seeds again, also other processes
+        os.environ.pop(variable, None)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,18 @@
-"""The smallest model that is trained, and as a script its training in two processes, one of which has a bad image."""
+"""The smallest model that is trained, and as a script its training in two processes, one of which has a bad image.
 
+python line_model.py FOLDER: each process writes its error into a file with its number.
+"""
+
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
+from waiting import wait_until
 
 from anomalib_pack.training import EndsOnBadLoss
 
@@ -50,5 +57,15 @@ def train(model: Line, bad: dict[int, float], steps: int, **arguments: Any) -> N
     trainer.fit(model, DataLoader(images), DataLoader(images[:1]))
 
 
+def main(folder: Path) -> None:
+    """Train, and end after the first process: Lightning kills it where it sees that the second one has failed."""
+    try:
+        train(Line(), {11: torch.nan}, steps=30, devices=2, strategy="ddp")
+    except ValueError as error:
+        (folder / os.environ.get("LOCAL_RANK", "0")).write_text(str(error))
+        wait_until((folder / "0").exists)
+        raise
+
+
 if __name__ == "__main__":
-    train(Line(), {11: torch.nan}, steps=30, devices=2, strategy="ddp")
+    main(Path(sys.argv[1]))

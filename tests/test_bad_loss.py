@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from line_model import Line, train
+from waiting import TIMEOUT
 
 LINE_MODEL = Path(__file__).with_name("line_model.py")
 
@@ -53,10 +54,11 @@ def test_finite_losses_change_nothing() -> None:
     assert model.validations == 1
 
 
-def test_all_processes_stop() -> None:
+def test_all_processes_stop(tmp_path: Path) -> None:
     """A loss of the second process: both raise the same error."""
-    run = subprocess.run([sys.executable, LINE_MODEL], capture_output=True, text=True, timeout=200, check=False)
+    command = [sys.executable, LINE_MODEL, tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert run.returncode != 0
-    errors = [line for line in run.stderr.splitlines() if "ValueError: The training loss is nan on the images" in line]
-    assert len(errors) == 2, run.stderr[-3000:]
-    assert all("['11.png']" in line for line in errors)
+    errors = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert errors.keys() == {"0", "1"}, run.stderr[-3000:]
+    assert all("loss is nan on the images ['11.png']" in error for error in errors.values())

@@ -34,6 +34,9 @@ def test_two_folders_of_one_second(tmp_path: Path) -> None:
 
 
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "runs").write_text("a file")
-    with pytest.raises(NotADirectoryError):
-        dated_folder(tmp_path / "runs")
+    """An error, not one name after the other."""
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "link").symlink_to(tmp_path / "disk that is gone")
+    for parent in ("file", "link", "link/efficiency"):
+        with pytest.raises(OSError, match=r"(File exists|Not a directory|No such file).*/(file|link)"):
+            dated_folder(tmp_path / parent)

@@ -44,7 +44,8 @@ def lines(text: str) -> list[str]:
 def test_lines_of_a_training(loco: MVTecLoco, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     engine = train(loco, tmp_path, ProgressLines(seconds=0))
     written = lines(capsys.readouterr().out)
-    assert re.fullmatch(r"Epoch 1, step 1 of 8, train_loss 0\.\d+, 0:00:\d\d, about 0:00:\d\d to come", written[0])
+    clock = r"\d+:\d\d:\d\d"
+    assert re.fullmatch(rf"Epoch 1, step 1 of 8, train_loss [\d.e-]+, {clock}, about {clock} to come", written[0])
     assert [line[: len("Epoch 1")] for line in written] == [
         *4 * ["Epoch 1"],
         *2 * ["Validat"],
@@ -59,8 +60,35 @@ def test_lines_of_a_training(loco: MVTecLoco, tmp_path: Path, capsys: pytest.Cap
     assert lines(capsys.readouterr().out) == [f"Test: batch {batch} of 3" for batch in (1, 2, 3)]
 
 
-def test_half_a_minute_of_silence(loco: MVTecLoco, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+class Clock(Callback):
+    """Stands still, but for a minute that the second epoch begins with."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        self.now = 60.0 * trainer.current_epoch
+
+
+def test_time_to_come(loco: MVTecLoco, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    """A line after half a minute, and one at the end. Five of eight steps took a minute, so three take 36 s."""
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    train(loco, tmp_path, clock)
+    first, last = lines(capsys.readouterr().out)
+    assert first.startswith("Epoch 2, step 5 of 8, ")
+    assert first.endswith(", 0:01:00, about 0:00:36 to come")
+    assert last.endswith(", 0:01:00")
+
+
+def test_half_a_minute_of_silence(
+    loco: MVTecLoco, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without being asked a short training says how it ended; the callback is there once, also in a test after it."""
+    monkeypatch.setattr(progress, "time", Clock())
     engine = train(loco, tmp_path)
     engine.test(engine.model, datamodule=loco)
     assert len(lines(capsys.readouterr().out)) == 1

@@ -16,6 +16,7 @@ import torch
 from anomalib.engine import Engine
 from lightning.pytorch import Callback
 from tiny_model import TinyModel
+from waiting import TIMEOUT
 
 from anomalib_pack.data import MVTecLoco
 from anomalib_pack.defaults import OneClassDefaults
@@ -197,7 +198,7 @@ def test_epochs_of_a_single_step(loco_root: Path, tmp_path: Path) -> None:
 def test_a_kill_loses_no_more_than_the_interval(loco_root: Path, tmp_path: Path) -> None:
     command = [sys.executable, __file__, str(loco_root), str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert run.returncode == -signal.SIGKILL, run.stderr[-3000:]
     kept = load(resume_file(tmp_path))
     assert (kept["epoch"], kept["global_step"]) == (1, STEPS)  # and one more was done
@@ -211,7 +212,7 @@ def test_one_of_two_processes_fails(loco_root: Path, tmp_path: Path, rank: int) 
     """Nobody waits for the one that has failed; the first process saves what it has, or has saved."""
     script = Path(__file__).with_name("resuming_ddp_run.py")
     command = [sys.executable, str(script), str(loco_root), str(tmp_path), str(rank)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert run.returncode != 0
     assert "out of memory" in run.stderr, run.stderr[-3000:]
     kept = load(resume_file(tmp_path))["global_step"]  # there are 2 steps in an epoch

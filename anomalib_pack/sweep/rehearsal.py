@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,9 @@ def rehearse(experiments: list[Experiment]) -> None:
         ValueError: If one cannot be built, or a category is unknown.
     """
     console = Console()
-    logging.getLogger("anomalib").setLevel(logging.WARNING)  # which has a line for each model
     models = _distinct("model", [model_of_test(each, test) for each in experiments for test in ("", *each.tests)])
-    built = [_build_model(model) for model in models]
+    with _quiet("anomalib"):  # which has a line for each model
+        built = [_build_model(model) for model in models]
     data = [
         part
         for each in experiments
@@ -60,6 +62,18 @@ def rehearse(experiments: list[Experiment]) -> None:
     )
     for reason in dict.fromkeys(filter(None, built)):
         console.print(f"Not built, class and arguments alone: {reason}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Show warnings of a logger alone, for as long as it takes."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _distinct(section: str, given: list[Config]) -> list[Config]:

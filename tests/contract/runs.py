@@ -11,10 +11,10 @@ import yaml
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.engine import Engine
 from cases import Case
+from waiting import TIMEOUT
 
 ANOMALIB = Path(sys.executable).with_name("anomalib")
 SEED = 7
-TIMEOUT = int(os.environ.get("COMMAND_TIMEOUT", "400"))  # seconds
 
 
 def write_config(path: Path, name: str, case: Case, root: Path, results: Path, **trainer) -> Path:
@@ -72,8 +72,8 @@ class Trained:
     output: str
 
 
-def write_model_config(trained: Trained) -> Path:
+def write_model_config(trained: Trained, folder: Path) -> Path:
     """Write the model's part of a training configuration, for subcommands that take no data."""
-    path = trained.config.with_name("model.yaml")
+    path = folder / "model.yaml"
     path.write_text(yaml.safe_dump({"model": yaml.safe_load(trained.config.read_text())["model"]}))
     return path

@@ -109,7 +109,7 @@ def test_command_predicts(
 ) -> None:
     """Of a datamodule, a folder and an image there are pictures."""
     monkeypatch.chdir(tmp_path)
-    shared = ("--config", write_model_config(trained), "--ckpt_path", trained.checkpoint)
+    shared = ("--config", write_model_config(trained, tmp_path), "--ckpt_path", trained.checkpoint)
     folder = loco_root / "tray" / "test" / "good"
     data = [text for key, value in data_arguments(loco_root).items() for text in (f"--data.{key}", value)]
     for arguments, count in ((("MVTecLoco", *data), 12), ((folder,), 4), ((folder / "000.png",), 1)):
@@ -141,7 +141,8 @@ def agree(exported: dict[str, np.ndarray], eager: dict[str, torch.Tensor]) -> No
 
 
 def export_by_command(trained: Trained, kind: str, folder: Path, *arguments: str) -> None:
-    shared = ("--config", write_model_config(trained), "--ckpt_path", trained.checkpoint, "--export_root", folder)
+    shared = ("--config", write_model_config(trained, folder), "--ckpt_path", trained.checkpoint)
+    shared += ("--export_root", folder)
     run_cli("export", *shared, "--export_type", kind, *arguments)
 
 

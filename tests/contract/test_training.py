@@ -15,7 +15,8 @@ from anomalib.models import AnomalibModule
 from cases import Case
 from lightning.pytorch import Callback
 from PIL import Image
-from runs import SEED, TIMEOUT, Trained, quiet_engine, run_cli, run_command, write_config
+from runs import SEED, Trained, quiet_engine, run_cli, run_command, write_config
+from waiting import TIMEOUT
 
 from anomalib_pack.data import MVTecLoco
 

@@ -22,6 +22,7 @@ from anomalib.utils.path import generate_output_filename
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torchvision.transforms.v2 import Pad, RandomHorizontalFlip, Resize
+from waiting import TIMEOUT
 
 from anomalib_pack.data import GroupedImageBatch, GroupedImageItem, MultiCategory, MVTecLoco
 from anomalib_pack.metrics import GroupEvaluator, default_test_metrics
@@ -673,7 +674,7 @@ def test_folders_in_the_configuration_of_a_benchmark(root):
 def test_two_processes_give_what_one_gives(root, tmp_path):
     command = [sys.executable, multi_category_ddp_run.__file__, root, tmp_path, "2"]
     paths = os.pathsep.join([*map(str, Path(__file__).parents[1:3]), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, check=True, capture_output=True, timeout=TIMEOUT)
     two = json.loads((tmp_path / "results.json").read_text())
     one, _ = multi_category_ddp_run.run(root, tmp_path / "one", 1)
     assert set(one) == with_groups(NAMES)

@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import anomalib.data
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 from anomalib.engine import Engine
 from anomalib.models import Padim
 from PIL import Image
+from waiting import wait_until
 
 from anomalib_pack.data import MVTecLoco, SyntheticLoco
 from anomalib_pack.rendering import tray
@@ -157,9 +157,7 @@ def test_foreign_folder_is_refused_and_nothing_is_touched(tmp_path):
 def test_killed_rendering_is_done_anew(tmp_path):
     code = f"from anomalib_pack.data import SyntheticLoco; SyntheticLoco(root={str(tmp_path)!r}).prepare_data()"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
-    while not list(tmp_path.glob("*/tray/train/good/*.png")):
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: any(tmp_path.glob("*/tray/train/good/*.png")), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "tray").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from documents import Block, walks
+from waiting import TIMEOUT
 
 PROGRAMS = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
 
@@ -29,6 +30,7 @@ def follow(block: Block, folder: Path) -> None:
         env={**os.environ, "PATH": path},
         capture_output=True,
         text=True,
+        timeout=TIMEOUT,
         check=False,
     )
     assert ran.returncode == 0, f"{block}\n{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}"

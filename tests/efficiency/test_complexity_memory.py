@@ -1,5 +1,7 @@
 """Counts that can be done by hand, and the size of memory."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -106,6 +108,7 @@ def peaks() -> list[float]:
     return [before, allocated, peak_mib(CPU)]
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks cannot be reset here")
 def test_peak_memory_of_what_is_freed_again() -> None:
     before, allocated, freed = in_own_process(peaks)  # in this one, other tests' memory may be freed meanwhile
     assert allocated - before == pytest.approx(256, abs=20)

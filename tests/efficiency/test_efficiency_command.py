@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 from anomalib.cli.cli import AnomalibCLI
+from waiting import TIMEOUT
 
 from anomalib_pack.efficiency import Efficiency, measurement
 from anomalib_pack.efficiency.settings import Entry, Settings, entries
@@ -32,7 +33,7 @@ def test_command(tmp_path: Path) -> None:
     (tmp_path / "accuracy.csv").write_text("model,image_AUROC\nUniad,0.97\n")
     command = [sys.executable, "-m", "anomalib.cli.cli", "efficiency", "--config", config, "--passes", "2"]
     command += ["--results", "accuracy.csv"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert result.returncode == 0, result.stderr
     assert "[1/1] Uniad" in result.stdout
     assert "Uniad, batch 2, run 2 of 2: 100%" in result.stderr  # the progress of the passes

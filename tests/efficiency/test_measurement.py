@@ -1,5 +1,6 @@
 """One model, measured in this process."""
 
+import os
 from pathlib import Path
 
 import anomalib.models
@@ -39,12 +40,13 @@ def test_row(precision: str) -> None:
     assert row["parameters"] == row["learnable_parameters"] == (3 * 4 * 16 + 4) + (4 * 3 * 16 + 3)
     assert row["flops"] == 2 * 2 * (3 * 4 * 16) * 64  # convolution and transposed convolution on 8 x 8
     assert (row["bank"], row["bank_values"]) == ("", 0)
-    for key in ("latency_mean_ms", "latency_std_ms", "latency_median_ms", "latency_p95_ms"):
+    for key in ("latency_mean_ms", "latency_median_ms", "latency_p95_ms"):
         assert row[key] > 0, key
+    assert row["latency_std_ms"] >= 0  # which two runs may be so near to that it is rounded
     assert (row.get("inspector_mean_ms", 0) > 0) == (precision == "float32")
     for batch in (2, 3):
         assert row[f"throughput_{batch}"] > 0
-        assert row[f"throughput_std_{batch}"] > 0
+        assert row[f"throughput_std_{batch}"] >= 0
     for key in ("peak_memory_mib", "peak_memory_mib_2", "peak_memory_mib_3"):
         assert 50 < row[key] < 20_000
     assert row["device_name"]
@@ -92,6 +94,7 @@ def measured_where_an_image_takes_64_mib() -> dict:
     return measure(entry(), settings(runs=1, batch_sizes=[4, 2]))
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks cannot be reset here")
 def test_memory_of_each_batch_size() -> None:
     """A large batch takes more than a small one, and each its own peak.
 

@@ -15,6 +15,7 @@ from anomalib.models.image.efficient_ad.torch_model import MediumPatchDescriptio
 from kill_distillation import DISTIL
 from lightning.pytorch.trainer.states import TrainerStatus
 from PIL import Image
+from waiting import TIMEOUT
 
 from anomalib_efficientad.distillation import TeacherDistillation, command, distill
 from anomalib_efficientad.images import ImageFiles, find_images
@@ -86,7 +87,7 @@ def test_goes_on_after_a_kill(photos: Path, watch: Watch, tmp_path: Path, monkey
     """The same command again, and no other: the steps go on, the statistics are not measured again."""
     out = tmp_path / "small.pth"
     script = [sys.executable, HERE / "kill_distillation.py", photos, out, "20", "4"]
-    killed = subprocess.run(list(map(str, script)), capture_output=True, text=True, timeout=200, check=False)
+    killed = subprocess.run(list(map(str, script)), capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     checkpoint = torch.load(tmp_path / "small.pth.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 4

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def run(images, results, devices, val_split_mode):
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
         max_epochs=1,
-        default_root_dir=results,
+        # A folder for each process: where they start a run at the same time, Anomalib makes one twice.
+        default_root_dir=results / os.environ.get("LOCAL_RANK", "0"),
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[WriteRecords(coco=results / "coco.json")],

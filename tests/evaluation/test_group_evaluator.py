@@ -20,6 +20,7 @@ from rich.console import Console
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve, roc_auc_score
 from tiny_model import RawScores, TinyModel
 from torch.utils.data import DataLoader
+from waiting import TIMEOUT
 
 from anomalib_pack.metrics import GroupEvaluator, default_test_metrics, pixel
 from anomalib_pack.metrics.roc import roc_corners
@@ -366,12 +367,12 @@ def test_two_processes_give_what_one_gives(images, tmp_path, monkeypatch):
     monkeypatch.setattr(MVTecADDataset, "defects", None, raising=False)  # which the run sets
     command = [sys.executable, Path(__file__).with_name("ddp_run.py"), images, tmp_path, "2"]
     paths = os.pathsep.join([*map(str, Path(__file__).parents[1:3]), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, check=True, capture_output=True, timeout=TIMEOUT)
     two = json.loads((tmp_path / "results.json").read_text())
     one = {mode: ddp_run.run(images, tmp_path / "one", 1, mode)[0] for mode in ("from_train", "same_as_test")}
-    assert two["from_train"]["statistics"] == one["from_train"]["statistics"]
-    assert two["same_as_test"]["statistics"] == one["same_as_test"]["statistics"]
     for val_split_mode in ("from_train", "same_as_test"):
+        # Images come in other batches, whose convolutions may round otherwise.
+        assert two[val_split_mode]["statistics"] == pytest.approx(one[val_split_mode]["statistics"], rel=1e-5)
         assert two[val_split_mode]["metrics"] == pytest.approx(one[val_split_mode]["metrics"], abs=1e-6)
         assert two[val_split_mode]["published"].keys() == {"hole", "stain", "mean", "images"}
         for name, values in two[val_split_mode]["published"].items():

@@ -249,7 +249,7 @@ def rendered(tmp_path_factory):
 def maps(rendered, tmp_path):
     """Noise for each test image, a little higher in masks."""
     rng = np.random.default_rng(0)
-    for image in rendered.glob("*/test/*/*.png"):
+    for image in sorted(rendered.glob("*/test/*/*.png")):
         scores = rng.normal(50, 10, (64, 64)).astype(np.float32)
         category, _, group, _ = image.parts[-4:]
         for mask in (rendered / category / "ground_truth" / group / image.stem).glob("*"):

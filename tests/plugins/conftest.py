@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from waiting import TIMEOUT
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
@@ -73,7 +74,7 @@ class Environment:
             cwd=self.root,
             env=_variables(**variables),
             check=False,
-            timeout=300,
+            timeout=TIMEOUT,
         )
 
 

@@ -28,7 +28,7 @@ def installed(environment) -> dict[str, bytes]:
         path.relative_to(environment.site_packages).as_posix(): path.read_bytes()
         for path in environment.site_packages.rglob("*")
         if path.is_file()
-        and path.suffix != ".pyc"
+        and "__pycache__" not in path.parts
         and path.name not in WRITTEN_BY_PIP | {"packages_of_the_test_run.pth"}
     }
 
@@ -40,7 +40,9 @@ def test_sdist_installs_what_the_wheel_does(sdist, fresh_environment, empty_envi
 
 def test_wheel_has_all_files_of_the_packages_and_the_tables(wheel, checkout):
     folders = [*checkout.glob("anomalib_*/"), checkout / "configs" / "papers"]
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    files = [
+        path for folder in folders for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
     names = {path.relative_to(checkout).as_posix() for path in files}
     expected = {re.sub("^configs/", "anomalib_pack/configs/", name) for name in names} | {"anomalib_pack.pth"}
     assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == expected

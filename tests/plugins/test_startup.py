@@ -16,13 +16,18 @@ def test_loads_two_modules_of_the_pack_and_no_other(environment):
     assert set(with_pack) - set(without) == {"anomalib_pack", "anomalib_pack._autoload"}
 
 
-def test_costs_less_than_a_millisecond(environment):
-    def milliseconds():
-        report = environment.run("-X", "importtime", "-c", "pass").stderr
-        return int(re.search(r"(\d+) \| *anomalib_pack$", report, re.MULTILINE)[1]) / 1000
+def test_costs_about_a_millisecond(environment):
+    """Little more than what every Python imports first, whatever the machine and whoever else it works for."""
 
-    # Measured: 0.65 ms, most of it the search for the files. The bound allows for a busy machine.
-    assert min(milliseconds() for _ in range(5)) < 3
+    def ratio():
+        report = environment.run("-X", "importtime", "-c", "pass").stderr
+        ours, pythons = (
+            int(re.search(rf"(\d+) \| *{name}$", report, re.MULTILINE)[1]) for name in ("anomalib_pack", "encodings")
+        )
+        return ours / pythons
+
+    # Measured: 2 (1.7 to 0.9 ms), most of it the search for the files; importing `importlib.metadata` would add 28.
+    assert min(ratio() for _ in range(5)) < 8
 
 
 def _delete(package: Path) -> None:

@@ -19,6 +19,7 @@ from anomalib.post_processing import PostProcessor
 from PIL import Image
 from recalibration_cases import Folders
 from torch import Tensor
+from waiting import TIMEOUT
 
 from anomalib_pack.__main__ import main
 from anomalib_pack.recalibration.command import run
@@ -216,7 +217,7 @@ def test_the_command(checkpoint: Path, folders: Folders, tmp_path: Path) -> None
     """As a process of its own, which prints the table."""
     words = ["--model", "Patchcore", "--normal", folders.normal, "--out", tmp_path / "new.ckpt"]
     command = [sys.executable, "-m", "anomalib_pack", "recalibrate", "--ckpt_path", checkpoint, *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=True)
     names = [line.split("  ")[0] for line in done.stdout.splitlines()]
     assert names[:6] == [names[0], "", "image threshold", "false alarms", "pixel threshold", "false pixels"]
     assert done.stdout.rstrip().endswith(f"Written to {tmp_path / 'new.ckpt'}.")

@@ -217,7 +217,7 @@ def test_one_image_by_keyboard(page: WebDriver) -> None:
     page.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
     assert viewer.find_element(By.TAG_NAME, "h2").text == f"good/{MALICIOUS}"
     page.switch_to.active_element.send_keys(Keys.ESCAPE)
-    assert not viewer.get_property("open")
+    WebDriverWait(page, 60).until(lambda _: not viewer.get_property("open"))
     # The image that was seen last has the focus, soon after.
     last = "</script><b>bold</b>"
     WebDriverWait(page, 60).until(lambda page: page.switch_to.active_element.text.endswith(last))
@@ -271,7 +271,9 @@ def test_light_and_dark(page: WebDriver) -> None:
 def test_a_phone_shows_all_without_scrolling_sideways(page: WebDriver) -> None:
     size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    assert page.execute_script("return document.documentElement.scrollWidth") == 360
+    WebDriverWait(page, 60).until(
+        lambda page: page.execute_script("return document.documentElement.scrollWidth") == 360
+    )
     page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 

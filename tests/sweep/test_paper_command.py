@@ -1,6 +1,7 @@
 """Tables of a paper, as a user runs them, over tiny models."""
 
 import csv
+import logging
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -193,7 +194,9 @@ def test_what_is_asked_later_is_measured_again(here: Path, paper: Path, capfd) -
 
 def test_dry_run(here: Path, paper: Path, capfd) -> None:
     """Says what it built; a class that cannot be built is an error before anything runs."""
+    level = logging.getLogger("anomalib").level
     assert command("--config", paper, "--dry_run") == 0
+    assert logging.getLogger("anomalib").level == level  # it was quiet meanwhile
     assert "3 jobs: the classes, arguments and categories of 3 models" in " ".join(capfd.readouterr().out.split())
     assert not (here / "runs").exists()
     path = paper / "runs" / "main.yaml"

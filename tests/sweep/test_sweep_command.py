@@ -1,10 +1,8 @@
 """`anomalib sweep`, as a user runs it."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -16,6 +14,7 @@ from anomalib.engine import Engine
 from anomalib.pipelines.components.runners import ParallelRunner, SerialRunner
 from sweep_runs import TINY, adjustable, sweep
 from tiny_model import TinyModel
+from waiting import TIMEOUT, wait_until
 
 from anomalib_pack.callbacks import SeedEverything
 from anomalib_pack.data import MVTecLoco
@@ -26,14 +25,6 @@ from anomalib_pack.sweep.results import read_rows
 from anomalib_pack.sweep.settings import read_plan
 
 TESTS = Path(__file__).parents[1]
-
-
-def wait_until(condition, process, seconds=240):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "too slow"
-        time.sleep(0.05)
 
 
 def test_models_that_differ(here: Path, tray, capfd) -> None:
@@ -149,10 +140,12 @@ def test_kill_and_resume(here: Path, tray) -> None:
     environment = os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS / 'sweep'}"}
     command = [sys.executable, "-m", "anomalib.cli.cli", "sweep", "--config", path]
     process = subprocess.Popen(command, cwd=here, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    wait_until(lambda: any(here.glob("runs/sweep/*/results.csv")), process)
-    wait_until(lambda: len(list(here.glob("runs/sweep/*/logs/*.log"))) == 2, process)  # the slow job runs
-    process.send_signal(signal.SIGKILL)
-    process.communicate()  # returns when the job, which has the same output, has ended too
+    try:
+        wait_until(lambda: any(here.glob("runs/sweep/*/results.csv")), process)
+        wait_until(lambda: len(list(here.glob("runs/sweep/*/logs/*.log"))) == 2, process)  # the slow job runs
+    finally:
+        process.kill()
+        process.communicate(timeout=TIMEOUT)  # returns when the job, which has the same output, has ended too
     (folder,) = (here / "runs" / "sweep").iterdir()
     (killed,) = read_rows(folder / "results.csv")
     assert killed["model"] == "TinyModel"

@@ -15,6 +15,7 @@ from anomalib.engine import Engine
 from lightning import seed_everything
 from settings_ddp_run import SMALL
 from torch.utils.data import DataLoader
+from waiting import TIMEOUT
 
 from anomalib_pack.data import MVTecLoco
 from anomalib_ulsad import Ulsad
@@ -163,7 +164,7 @@ def test_the_command(checkpoint: Path, loco: MVTecLoco, loco_root: Path, tmp_pat
 
 def test_two_processes(checkpoint: Path, loco_root: Path, tmp_path: Path) -> None:
     command = [sys.executable, settings_ddp_run.__file__, loco_root, checkpoint, tmp_path, "2"]
-    subprocess.run(list(map(str, command)), env=os.environ, check=True, capture_output=True, timeout=400)
+    subprocess.run(list(map(str, command)), env=os.environ, check=True, capture_output=True, timeout=TIMEOUT)
     two = torch.load(tmp_path / "found.pt", weights_only=True)
     one, _ = settings_ddp_run.run(loco_root, checkpoint, tmp_path / "one", devices=1)
     torch.testing.assert_close(two["state"], one["state"], atol=1e-6, rtol=1e-5)

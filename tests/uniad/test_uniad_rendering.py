@@ -12,6 +12,7 @@ from anomalib.engine import Engine
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from waiting import TIMEOUT
 
 from anomalib_pack.data import MultiCategory, MVTecLoco
 from anomalib_uniad import Uniad, rendering
@@ -81,7 +82,7 @@ def test_commands(checkpoint: Path, loco: MVTecLoco, loco_root: Path, tmp_path: 
     data = ["--data", "MVTecLoco", "--data.root", loco_root, "--data.category", "tray", "--data.num_workers", "0"]
     files = ["--ckpt_path", checkpoint, "--renderers", tmp_path / "renderers", "--output", tmp_path / "pictures"]
     command = [sys.executable, "-m", "anomalib_uniad", "render", *files, *data, "--device", "cpu"]
-    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, check=False)
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     pictures = sorted((tmp_path / "pictures").rglob("*.png"))
     assert len(pictures) == len(loco.test_data)
