@@ -1,5 +1,6 @@
 """Frozen features are computed once: nothing else changes, in whatever way a training runs."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -105,10 +106,12 @@ DATA = {
 
 @pytest.mark.parametrize("kind", DATA)
 def test_neither_files_nor_network_from_the_second_epoch_on(loco_root: Path, tmp_path: Path, kind: str) -> None:
-    expected = train(seeded(cache=None), DATA[kind](loco_root), tmp_path)
-    hide = HideImages(loco_root / "tray" / "train" / "good")
+    root = tmp_path / "data"
+    shutil.copytree(loco_root, root)  # other processes of the tests may read the original
+    expected = train(seeded(cache=None), DATA[kind](root), tmp_path)
+    hide = HideImages(root / "tray" / "train" / "good")
     model = seeded(cache="auto")
-    assert_same(train(model, DATA[kind](loco_root), tmp_path, hide), expected)
+    assert_same(train(model, DATA[kind](root), tmp_path, hide), expected)
     assert hide.calls == [0, 4, 4, 4]
     assert "on_train_batch_start" not in vars(model.pre_processor)  # which has its hook again
 

@@ -92,9 +92,9 @@ def test_engine_takes_a_checkpoint(
 # --- Command ---
 
 
-def test_command_tests_and_validates_a_checkpoint(trained: Trained) -> None:
+def test_command_tests_and_validates_a_checkpoint(trained: Trained, tmp_path: Path) -> None:
     """It finds in a test what the training found at its end."""
-    shared = ("--config", trained.config, "--ckpt_path", trained.checkpoint)
+    shared = ("--config", trained.config, "--ckpt_path", trained.checkpoint, "--default_root_dir", tmp_path)
     run_cli("validate", *shared)
     tested = run_cli("test", *shared).engine.trainer.callback_metrics
     with (trained.folder / "metrics.csv").open() as file:
