@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
+from anomalib_pack.folding import Folding, in_fast_layout
 from anomalib_pack.precision import Float32State
 from anomalib_pack.region import Polygons, build_region
 
@@ -35,6 +36,10 @@ class PlainRgbNetwork(nn.Module):
     They are made anew in each pass, of the few thousand values that there are, and so are never out of date. Anomalib's
     normalisation turns images of half precision into float32, which no convolution of half precision takes.
 
+    In eval mode without gradients a packed copy may stand in, see :mod:`anomalib_pack.folding`. On a CPU maps have the
+    channels last, in which convolutions and pooling are faster; not the autoencoder's in training, because its dropout,
+    which draws in the order of the memory, would draw otherwise than Anomalib's.
+
     Args:
         network: Whose layers become those of this one, under their names.
     """
@@ -46,6 +51,7 @@ class PlainRgbNetwork(nn.Module):
         super().__init__()
         for name, layer in network.named_children():
             self.add_module(name, layer)
+        self._folding = Folding()
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
 
@@ -56,7 +62,8 @@ class PlainRgbNetwork(nn.Module):
         weight = convolution.weight / self.std
         # Not as a matrix product, which autocast would round.
         bias = convolution.bias - (weight * self.mean).sum(dim=(1, 2, 3))
-        return F.conv2d(pad_with_mean(images, convolution.padding[0]), weight, bias, convolution.stride)
+        padded = in_fast_layout(pad_with_mean(images, convolution.padding[0]))
+        return F.conv2d(padded, weight, bias, convolution.stride)
 
 
 def pad_with_mean(images: torch.Tensor, width: int) -> torch.Tensor:
@@ -77,14 +84,40 @@ def pad_with_mean(images: torch.Tensor, width: int) -> torch.Tensor:
 class PatchDescriptionNetwork(PlainRgbNetwork):
     """Teacher or student of either size (Tables 1 and 2)."""
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """RGB in [0, 1], (B, 3, H, W) -> (B, C, h, w)."""
+    def forward(self, images: torch.Tensor, channels: slice | None = None) -> torch.Tensor:
+        """Describe patches.
+
+        Args:
+            images: RGB in [0, 1], (B, 3, H, W).
+            channels: The ones to compute, of all C.
+
+        Returns:
+            Descriptions, (B, C, h, w), or these channels of them.
+        """
+        # Where a copy stands in, nobody sees what is overwritten: neither hooks nor gradients.
+        return self._folding.run(
+            self, images, lambda network, images: network.describe(images, channels, in_place=network is not self)
+        )
+
+    def describe(self, images: torch.Tensor, channels: slice | None, in_place: bool) -> torch.Tensor:
+        """As :meth:`forward`; ``in_place`` says whether to overwrite what convolutions give."""
         first, second, *hidden, last = (layer for layer in self.children() if isinstance(layer, nn.Conv2d))
-        maps = self.avgpool1(F.relu(self.first(first, images)))
-        maps = self.avgpool2(F.relu(second(maps)))
+        maps = self.avgpool1(F.relu(self.first(first, in_fast_layout(images)), in_place))
+        maps = self.avgpool2(F.relu(second(maps), in_place))
         for convolution in hidden:
-            maps = F.relu(convolution(maps))
-        return last(maps)
+            maps = F.relu(convolution(maps), in_place)
+        if channels is None:
+            return last(maps)
+        return F.conv2d(maps, last.weight[channels], last.bias[channels])
+
+
+class Teacher(PatchDescriptionNetwork):
+    """Frozen, and so always in eval mode, in which it can be packed; nothing in it depends on the mode."""
+
+    def train(self, _mode: bool = True) -> Teacher:
+        """Stay in eval mode."""
+        self._folding.clear()  # notices changes through `.data`
+        return super().train(mode=False)
 
 
 class AutoEncoder(PlainRgbNetwork):
@@ -92,11 +125,15 @@ class AutoEncoder(PlainRgbNetwork):
 
     def forward(self, images: torch.Tensor, image_size: Sequence[int]) -> torch.Tensor:
         """RGB in [0, 1], (B, 3, H, W) -> (B, C, h, w) in float32: squared differences would overflow in float16."""
+        return self._folding.run(self, images, lambda network, images: network.describe(images, image_size)).float()
+
+    def describe(self, images: torch.Tensor, image_size: Sequence[int]) -> torch.Tensor:
+        """Compute what :meth:`forward` gives, in the precision of the network."""
         first, *hidden, last = self.encoder.children()
         maps = F.relu(self.first(first, images))
         for convolution in hidden:
             maps = F.relu(convolution(maps))
-        return self.decoder(last(maps), image_size).float()
+        return self.decoder(last(maps), image_size)
 
 
 class Float32ParameterDict(Float32State, nn.ParameterDict):
@@ -123,7 +160,7 @@ class DistilledEfficientAdModel(EfficientAdModel):
         super().__init__(*arguments, **keywords)
         self.region = build_region(region)
         self.border = PADDING if self.pad_maps else 0
-        self.teacher = PatchDescriptionNetwork(self.teacher)
+        self.teacher = Teacher(self.teacher).eval()
         self.student = PatchDescriptionNetwork(self.student)
         self.ae = AutoEncoder(self.ae)
         self.mean_std = Float32ParameterDict(self.mean_std)
@@ -164,7 +201,10 @@ class DistilledEfficientAdModel(EfficientAdModel):
         """
         self.check_image_size(batch.shape[-2:])
         if self.training:
-            return super().forward(self.region.fill(batch), batch_imagenet, normalize)
+            batch = self.region.fill(batch)
+            # Each loss takes one half of the student's features: the other one is not computed for it.
+            student = self.student(batch, slice(self.teacher_out_channels))
+            return self.compute_losses(batch, batch_imagenet, (self._describe(batch) - student).square())
         return combine(*self.get_maps(batch, normalize))
 
     def with_branch_scores(self, images: torch.Tensor) -> tuple[InferenceBatch, dict[str, torch.Tensor]]:
@@ -231,21 +271,24 @@ class DistilledEfficientAdModel(EfficientAdModel):
         Returns:
             The losses of student and teacher, of the autoencoder, and of student and autoencoder.
         """
-        channels = self.teacher_out_channels
         distances = reduce_tensor_elems(self.region.take(distance_st, self.border))
         hard = distances >= torch.quantile(distances, HARD)
-        penalty = self.student(batch_imagenet)[:, :channels].square().mean()
+        penalty = self.student(batch_imagenet, slice(self.teacher_out_channels)).square().mean()
         loss_st = (distances * hard).sum() / hard.sum() + penalty
 
         augmented = self.choose_random_aug_image(batch)
         autoencoder = self.ae(augmented, batch.shape[-2:])
-        with torch.no_grad():
-            teacher = self._normalize_teacher(self.teacher(augmented))
-        student = self.student(augmented)[:, channels:]
+        teacher = self._describe(augmented)
+        student = self.student(augmented, slice(self.teacher_out_channels, None))
         teacher, autoencoder, student = (
             self.region.take(features, self.border) for features in (teacher, autoencoder, student)
         )
         return loss_st, (teacher - autoencoder).square().mean(), (autoencoder - student).square().mean()
+
+    @torch.no_grad()
+    def _describe(self, images: torch.Tensor) -> torch.Tensor:
+        """The teacher's normalised features, (B, C, h, w)."""
+        return self._normalize_teacher(self.teacher(images))
 
     @staticmethod
     def choose_random_aug_image(image: torch.Tensor) -> torch.Tensor:

@@ -265,6 +265,13 @@ def fast_layout(tensor: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if tensor.device.type == "cpu" else torch.contiguous_format
 
 
+def in_fast_layout(images: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W) with the channels last on a CPU, and so the maps behind them; compilers see no difference."""
+    if images.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return images
+    return images.contiguous(memory_format=torch.channels_last)
+
+
 def stamps(tensors: list[torch.Tensor]) -> list[int] | None:
     """Numbers that change whenever a tensor is replaced, written to or given another storage.
 

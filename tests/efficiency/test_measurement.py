@@ -77,8 +77,8 @@ def test_passes_of_each_run_and_batch_size(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(TinyNet, "forward", forward)
     measure(entry(), settings(runs=3, batch_sizes=[8, 1]))
-    # Three behind them: one before FLOPs are counted, and the two counts. Then the inspector warms up, and is measured.
-    assert sizes == 3 * (1 + 2) * [1] + 3 * (1 + 2) * [8] + [1, 1, 1] + [1] + 3 * (1 + 2) * [1]
+    alone, inspector, larger = 3 * (1 + 2) * [1], [1] + 3 * (1 + 2) * [1], 3 * (1 + 2) * [8]  # an inspector warms up
+    assert sizes == alone + inspector + larger + [1, 1, 1]  # one before FLOPs are counted, and the two counts
 
 
 def measured_where_an_image_takes_64_mib() -> dict:

@@ -77,7 +77,7 @@ def test_training(model: DistilledEfficientAd, loco: MVTecLoco, teacher_file: Pa
 
 
 def test_the_same_as_anomalib(model: DistilledEfficientAd) -> None:
-    """Maps, scores and losses; without statistics, and with some."""
+    """Maps, scores, losses and gradients; without statistics, and with some."""
     theirs = torch_model.EfficientAdModel(8)
     theirs.choose_random_aug_image = model.model.choose_random_aug_image  # of other random numbers: see the next test
     for set_statistics in (False, True):
@@ -92,12 +92,16 @@ def test_the_same_as_anomalib(model: DistilledEfficientAd) -> None:
             close = {"atol": 1e-5 * expected.anomaly_map.abs().max().item(), "rtol": 0}  # normalised by a convolution
             torch.testing.assert_close(result.anomaly_map, expected.anomaly_map, **close)
             torch.testing.assert_close(result.pred_score, expected.pred_score.flatten(), **close)
-            losses = []
-            for network in (ours.train(), theirs.train()):
-                torch.manual_seed(0)
-                random.seed(0)
-                losses.append(torch.stack(network(IMAGES[:1], IMAGES[1:])))
-            torch.testing.assert_close(*losses, atol=0, rtol=1e-5)
+        losses, gradients = [], []
+        for network in (ours.train(), theirs.train()):
+            torch.manual_seed(0)
+            random.seed(0)
+            losses.append(torch.stack(network(IMAGES[:1], IMAGES[1:])))
+            learning = [*network.student.parameters(), *network.ae.parameters()]
+            gradients.append(torch.autograd.grad(losses[-1].sum(), learning))
+        torch.testing.assert_close(*losses, atol=0, rtol=1e-5)
+        for result, wanted in zip(*gradients, strict=True):
+            torch.testing.assert_close(result, wanted, atol=1e-5 * wanted.abs().max().item(), rtol=0)
     arguments = {"teacher_out_channels": 8, "pre_processor": False}
     stock = EfficientAd(**arguments)
     assert (stock.lr, stock.weight_decay, stock.batch_size) == (model.lr, model.weight_decay, model.batch_size)

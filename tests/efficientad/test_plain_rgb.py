@@ -11,6 +11,7 @@ import torch
 from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel, EfficientAdModelSize
 
 from anomalib_efficientad.torch_model import DistilledEfficientAdModel
+from anomalib_pack.packing import packs, unpacked
 
 IMAGES = torch.rand(2, 3, 256, 272, generator=torch.Generator().manual_seed(0))
 IMAGES[:, :, 100:140, 60:120] = 1  # what makes a difference that no precision rounds away
@@ -70,9 +71,11 @@ def test_the_same_as_anomalib(thin, size: EfficientAdModelSize, padding: bool) -
 @SIZES
 @torch.no_grad()
 def test_at_full_width(size: EfficientAdModelSize) -> None:
-    """As the paper has them, teacher and student on a patch, in the precision that a CPU is fast in."""
+    """As the paper has them, teacher and student on a patch, also in the precision that a CPU is fast in."""
     theirs, ours = EfficientAdModel(384, size).eval(), DistilledEfficientAdModel(384, size).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
+    expected = theirs.ae(IMAGES[:1], IMAGES.shape[-2:])
+    assert relative_error(ours.ae(IMAGES[:1], IMAGES.shape[-2:]), expected) < 1e-5
     patches = IMAGES[:1, :, 90:130, 50:90]
     for part in ("teacher", "student"):
         expected = theirs.get_submodule(part)(patches)
@@ -116,6 +119,64 @@ def test_never_out_of_date(thin) -> None:
     agree()
     copied = copy.deepcopy(ours)
     assert torch.equal(copied(IMAGES).anomaly_map, ours(IMAGES).anomaly_map)
+
+
+@SIZES
+def test_what_runs_where(thin, size: EfficientAdModelSize) -> None:
+    """Packed copies in eval mode without gradients, of the teacher in training too; the channels are last."""
+    model = plain(stock(size), size)
+
+    def run(mode: bool, gradients: bool) -> list[bool]:
+        model.train(mode)
+        with torch.set_grad_enabled(gradients):
+            model(IMAGES[:1], IMAGES[1:])
+            for part in (model.teacher, model.student):
+                assert part(IMAGES).is_contiguous(memory_format=torch.channels_last)
+                assert not part(IMAGES).is_contiguous()
+        with torch.no_grad():
+            teacher = model.teacher(IMAGES)
+            with unpacked():
+                assert relative_error(teacher, model.teacher(IMAGES)) < 1e-5
+            model.teacher(IMAGES)
+        return [model.get_submodule(part)._folding._copy is not None for part in PARTS]
+
+    packed = packs(IMAGES)
+    assert run(mode=False, gradients=False) == 3 * [packed]
+    assert run(mode=True, gradients=True) == [packed, False, False]
+    assert run(mode=False, gradients=True) == [packed, False, packed]  # no gradient is asked of the autoencoder
+    assert not any(module.training for module in model.train().teacher.modules())
+
+
+def test_gradients_in_eval_mode(thin) -> None:
+    """To images and parameters, also after a pass without gradients."""
+    theirs = stock(EfficientAdModelSize.S)
+    ours = plain(theirs, EfficientAdModelSize.S)
+    with torch.no_grad():
+        ours(IMAGES)
+    gradients = []
+    for model in (ours, theirs):
+        images = IMAGES.clone().requires_grad_()
+        _, distances = model.compute_student_teacher_distance(images)
+        gradients.append(torch.autograd.grad(distances.square().sum(), [images, *model.student.parameters()]))
+    for result, expected in zip(*gradients, strict=True):
+        assert relative_error(result, expected) < 1e-4
+
+
+@torch.no_grad()
+def test_hooks(thin) -> None:
+    """They see what a layer gives, which nothing overwrites."""
+    theirs = stock(EfficientAdModelSize.S)
+    ours = plain(theirs, EfficientAdModelSize.S)
+    ours(IMAGES)
+    seen = []
+    for model in (ours, theirs):
+        for layer in (model.student.conv2, model.ae.encoder.enconv2):
+            layer.register_forward_hook(lambda *arguments: seen.append(arguments[2]))
+        model(IMAGES)
+    assert len(seen) == 4
+    for result, expected in zip(seen[:2], seen[2:], strict=True):
+        assert relative_error(result, expected) < 1e-5
+        assert result.min() < 0
 
 
 @SIZES
