@@ -16,18 +16,16 @@ def test_loads_two_modules_of_the_pack_and_no_other(environment):
     assert set(with_pack) - set(without) == {"anomalib_pack", "anomalib_pack._autoload"}
 
 
-def test_costs_about_a_millisecond(environment):
-    """Little more than what every Python imports first, whatever the machine and whoever else it works for."""
+def test_costs_less_than_a_millisecond(environment):
+    """Compared with what every Python imports first, as machines differ, and are busy."""
 
-    def ratio():
-        report = environment.run("-X", "importtime", "-c", "pass").stderr
-        ours, pythons = (
-            int(re.search(rf"(\d+) \| *{name}$", report, re.MULTILINE)[1]) for name in ("anomalib_pack", "encodings")
-        )
-        return ours / pythons
+    def microseconds(name, report):
+        return int(re.search(rf"(\d+) \| *{name}$", report, re.MULTILINE)[1])
 
-    # Measured: 2 (1.7 to 0.9 ms), most of it the search for the files; importing `importlib.metadata` would add 28.
-    assert min(ratio() for _ in range(5)) < 8
+    reports = [environment.run("-X", "importtime", "-c", "pass").stderr for _ in range(5)]
+    ours, pythons = (min(microseconds(name, report) for report in reports) for name in ("anomalib_pack", "encodings"))
+    # Measured: 0.45 ms to 0.95 ms. Most of it is the search for the files; `importlib.metadata` alone takes 25 ms.
+    assert ours < 3 * pythons
 
 
 def _delete(package: Path) -> None:
