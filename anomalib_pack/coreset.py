@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from .checks import require
+from .packing import linear, pack_matrix, pays
 from .progress import progress_bar
 from .shares import whole_share
 
@@ -120,10 +121,12 @@ class _Selection:
     def update(self, points: torch.Tensor, known: int) -> None:
         """Compare points with the centres chosen since there were ``known`` of them."""
         centers = self.chosen[known : self.count]
-        features, squares = self.features[centers].T, self.squares[centers]
+        features, squares = -2 * self.features[centers], self.squares[centers]
+        if pays(self.features, features):
+            features = pack_matrix(features, min(ROWS, len(points)))
         for rows in points.split(ROWS):
-            products = torch.addmm(squares, self.features.index_select(0, rows), features, alpha=-2)
-            nearest = (products.amin(dim=1) + self.squares[rows]).clamp_min_(0)
+            sums = linear(self.features.index_select(0, rows), features, squares)
+            nearest = (sums.amin(dim=1) + self.squares[rows]).clamp_min_(0)
             self.distances[rows] = torch.minimum(self.distances[rows], nearest)
 
 

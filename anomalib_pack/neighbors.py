@@ -1,4 +1,4 @@
-"""Nearest neighbours in a memory bank: exact or approximate, with FAISS on the CPU or the GPU, or in plain PyTorch."""
+"""Nearest neighbours in a memory bank: exact or approximate, with FAISS on the CPU or the GPU, or in PyTorch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from .checks import require
+from .packing import FEW, linear, pack_matrix, packable, pays
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,9 @@ SEARCHES = ("auto", "faiss", "torch")
 INDICES = ("auto", "flat", "pq", "ivf", "hnsw")
 LARGE = 10_000  # entries from which "auto" is approximate on a CPU; ours, see docs/search.md
 TABLE = 2**24  # distances held at a time: 64 MiB
-ROWS = 4096  # queries whose neighbours are gathered at a time
+PART = 2**22  # the same by oneDNN: 16 MiB, which a processor's cache holds
+GROUP = 64  # entries of which the nearest is known before it is known which of them it is
+ROWS = 4096  # queries that are packed, or whose neighbours are gathered, at a time
 WIDTH = 4  # PQ: values that share a code of 4 bits; ours, see docs/search.md
 CANDIDATES = 128  # PQ: entries that are compared exactly; ours, see docs/search.md
 CANDIDATES_EACH = 16  # PQ: at least so many for each neighbour
@@ -40,7 +43,8 @@ class NearestNeighbors(nn.Module):
     An exported program has the exact search in plain tensor operations.
 
     Args:
-        search: ``"faiss"``, ``"torch"``, or ``"auto"``: FAISS where it is installed for the bank's device.
+        search: ``"faiss"``, ``"torch"``, or ``"auto"``: FAISS where it is installed for the bank's device, but for
+            exact searches on x86 CPUs for 32 queries or more, which are faster in PyTorch.
         index: ``"flat"`` (exact), ``"pq"`` (product quantiser whose best candidates are compared exactly), ``"ivf"``
             (inverted file) or ``"hnsw"`` (graph), the last three with FAISS and approximate, see :meth:`recall`.
             ``"auto"``: ``"pq"`` for banks of 10 000 entries or more on a CPU where FAISS may be used, else ``"flat"``.
@@ -101,7 +105,7 @@ class NearestNeighbors(nn.Module):
         require("k", k, 1 <= k <= entries, f"at least 1 and at most the number of entries of the bank, {entries}")
         bank, queries = self.bank.float(), queries.float()
         if torch.compiler.is_exporting():
-            indices = nearest_in_torch(queries, bank, k)
+            indices = nearest_in_groups(queries, bank) if k == 1 else nearest_in_torch(queries, bank, k)
             return torch.linalg.vector_norm(queries.unsqueeze(1) - bank[indices], dim=2), indices
         indices = self._indices(queries.contiguous(), bank, k)
         distances = [
@@ -124,13 +128,19 @@ class NearestNeighbors(nn.Module):
             kind = "flat"  # all entries would be compared exactly
         if kind != "flat":
             return self._approximate(queries, bank, k, kind)
-        if self.search == "torch" or (self.search == "auto" and not faiss_serves(bank.device)):
+        if self._searches_in_torch(queries, bank):
             return nearest_in_parts(queries, bank, k)
         faiss = import_faiss()
         if bank.is_cuda:
             require_gpu(faiss)
             return faiss.knn_gpu(gpu_resources(), queries, bank, k)[1]
         return torch.from_numpy(faiss.knn(queries.numpy(), bank.numpy(), k)[1])
+
+    def _searches_in_torch(self, queries: torch.Tensor, bank: torch.Tensor) -> bool:
+        """Whether the exact search is PyTorch's."""
+        if self.search != "auto":
+            return self.search == "torch"
+        return not faiss_serves(bank.device) or (packable(bank) and len(queries) >= FEW)
 
     def _approximate(self, queries: torch.Tensor, bank: torch.Tensor, k: int, kind: str) -> torch.Tensor:
         if self._built is None or self._built[0] is not self.bank or self._built[1] != self.bank._version:
@@ -164,9 +174,55 @@ def nearest_in_torch(queries: torch.Tensor, bank: torch.Tensor, k: int, rows: in
     return torch.cat([table.topk(k, dim=1, largest=False).indices for table in tables])
 
 
+def nearest_in_groups(queries: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
+    """The same for one neighbour, in steps that OpenVINO, too, computes fast: it sorts for the place of a minimum."""
+    entries = len(bank)
+    if rest := -entries % GROUP:
+        bank = torch.cat([bank, bank[-1:].expand(rest, -1)])  # whole groups
+    table = torch.addmm(bank.square().sum(dim=1) / 2, queries, bank.T, alpha=-1).unflatten(1, (-1, GROUP))
+    group = table.amin(dim=2).argmin(dim=1, keepdim=True)
+    members = table.gather(1, group.unsqueeze(2).expand(-1, 1, GROUP)).squeeze(1)
+    return (group * GROUP + members.argmin(dim=1, keepdim=True)).clamp(max=entries - 1)
+
+
 def nearest_in_parts(queries: torch.Tensor, bank: torch.Tensor, k: int) -> torch.Tensor:
-    """The same, with at most ``TABLE`` distances at a time."""
+    """The same, by oneDNN where that is faster, with at most ``TABLE`` distances at a time."""
+    queries = queries.detach()
+    if pays(bank, queries):
+        return torch.cat([nearest_to_packed(rows, bank, k) for rows in queries.split(ROWS)])
     return nearest_in_torch(queries, bank, k, max(1, TABLE // len(bank)))
+
+
+def nearest_to_packed(queries: torch.Tensor, bank: torch.Tensor, k: int) -> torch.Tensor:
+    """The same by oneDNN, with at most ``PART`` distances at a time, or ``GROUP`` of each query.
+
+    The queries are packed, not the bank, of which there is no copy.
+    """
+    size = max(1, PART // (GROUP * len(queries))) * GROUP  # entries at a time, whole groups
+    packed = pack_matrix(queries, min(size, len(bank)))
+    nearness = queries.new_empty(0, len(queries))
+    indices = nearness.long()
+    for number, entries in enumerate(bank.split(size)):
+        # -|q - b|^2 / 2 without the term that is the same for all entries
+        table = linear(entries, packed).sub_(entries.square().sum(dim=1, keepdim=True) / 2)
+        found, rows = largest(table, k)
+        nearness, places = largest(torch.cat([nearness, found]), k)
+        indices = torch.cat([indices, rows + number * size]).gather(0, places)
+    return indices.T
+
+
+def largest(table: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``k`` largest values of each column (or all), the largest first, and their rows; of equal ones the first."""
+    if k > 1:
+        return table.topk(min(k, len(table)), dim=0)
+    if len(table) % GROUP:
+        return table.max(dim=0, keepdim=True)
+    # Values alone are compared many times as fast as with their rows.
+    groups = table.unflatten(0, (-1, GROUP))
+    _, group = groups.amax(dim=1).max(dim=0)
+    members = groups.gather(0, group.expand(1, GROUP, -1))[0]
+    values, member = members.max(dim=0, keepdim=True)
+    return values, group * GROUP + member
 
 
 class CodedBank:

@@ -21,14 +21,19 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 PROCESSORS = ("x86_64", "amd64")  # on which this was measured
+FEW = 32  # rows, on either side of a product, below which packing costs more than it saves; ours
 _wanted = ContextVar("wanted", default=True)
 
 
 def packs(weight: torch.Tensor) -> bool:
-    """Whether a weight is to be packed: on x86 CPUs in float32, outside autocast, whose precision would be another."""
+    """Whether a weight is to be packed: where it can be, but for :func:`unpacked`."""
+    return _wanted.get() and packable(weight)
+
+
+def packable(weight: torch.Tensor) -> bool:
+    """Whether a weight can be packed: on x86 CPUs in float32, outside autocast, whose precision would be another."""
     return (
-        _wanted.get()
-        and weight.device.type == "cpu"
+        weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and platform.machine().lower() in PROCESSORS
         and torch.backends.mkldnn.is_available()
@@ -72,6 +77,18 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
         return F.linear(rows, weight, bias)
     bias = None if bias is None else bias.contiguous()  # oneDNN does not look
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+def pays(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether to pack a weight (D, C) for one product with rows (..., C): not for few, nor where it is recorded."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or rows.requires_grad:
+        return False
+    return min(rows.shape[:-1].numel(), len(weight)) >= FEW and packs(weight)
+
+
+def product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """``rows @ matrix`` of (..., C) and (C, D), packed where that pays."""
+    return linear(rows, pack_matrix(matrix.T)) if pays(rows, matrix.T) else rows @ matrix
 
 
 def pack(layer: nn.Module, size: Sequence[int]) -> None:

@@ -76,7 +76,7 @@ class Unislad(
             the paper does not say).
         normalize_scores: Bring the four scores to one scale by their mean and standard deviation on normal validation
             images (ours; ``False`` is the paper read literally).
-        search: ``"faiss"``, ``"torch"``, or ``"auto"`` for FAISS where it is installed for the device.
+        search: ``"faiss"``, ``"torch"``, or ``"auto"`` for the faster of both, by a fixed rule.
         index: ``"flat"`` (exact), or ``"pq"``, ``"ivf"`` or ``"hnsw"`` for large banks: approximate, with the recall
             logged. ``"auto"``: ``"pq"`` for banks of 10 000 patches or more on a CPU with FAISS, else ``"flat"``.
         use_cnn: Use the CNN (RFE in Table III).

@@ -8,6 +8,7 @@ import torch
 
 from anomalib_pack import coreset
 from anomalib_pack.coreset import ChunkedCoreset, k_center_greedy
+from anomalib_pack.packing import packs, unpacked
 
 
 def points(count: int, dimension: int = 8, seed: int = 0) -> torch.Tensor:
@@ -66,6 +67,22 @@ def test_choice_with_pools_in_pools(size: int, monkeypatch: pytest.MonkeyPatch) 
     assert chosen.tolist() == plain_greedy(features, size)[0]
     assert size == 1 or {500, 166, 55, 18, 6} <= set(depths)
     assert radius == pytest.approx(covering_radius(features, features[chosen]), rel=1e-4, abs=1e-3)
+
+
+@pytest.mark.skipif(not packs(torch.rand(2, 3)), reason="needs oneDNN on an x86 processor")
+def test_choice_with_packed_centres(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as without them, and only centres are packed."""
+    sizes = []
+    pack = coreset.pack_matrix
+    monkeypatch.setattr(coreset, "pack_matrix", lambda weight, rows: sizes.append(len(weight)) or pack(weight, rows))
+    features = points(3000, 30)
+    chosen, radius = k_center_greedy(features, 300)
+    assert 32 <= min(sizes) <= max(sizes) < 300
+    with unpacked():
+        expected, expected_radius = k_center_greedy(features, 300)
+    assert torch.equal(chosen, expected)
+    assert chosen.tolist() == plain_greedy(features, 300)[0]
+    assert radius == pytest.approx(expected_radius, rel=1e-5)
 
 
 @pytest.mark.parametrize("clusters", [1, 3])

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from anomalib_pack import neighbors as module
-from anomalib_pack.neighbors import NearestNeighbors, faiss_serves
+from anomalib_pack.neighbors import NearestNeighbors, faiss_serves, nearest_in_groups, nearest_in_parts
+from anomalib_pack.packing import linear as packed_linear
+from anomalib_pack.packing import packs, unpacked
 
 SEARCHES = ("auto", "faiss", "torch")
 APPROXIMATE = ("pq", "ivf", "hnsw")
@@ -54,6 +56,7 @@ def test_exact_search(
 ) -> None:
     """In one part, in parts with a short last one, and one query at a time."""
     monkeypatch.setattr(module, "TABLE", table)
+    monkeypatch.setattr(module, "PART", table)
     monkeypatch.setattr(module, "ROWS", rows)
     asked, bank = random(queries, 12), random(300, 12, seed=1)
     distances, indices = search_in(bank, search)(asked, k)
@@ -69,10 +72,54 @@ def test_table_of_distances_stays_small(monkeypatch: pytest.MonkeyPatch) -> None
     addmm = torch.addmm
     monkeypatch.setattr(torch, "addmm", lambda *tensors, **scales: parts.append(addmm(*tensors, **scales)) or parts[-1])
     found = search_in(random(200, 4, seed=1))
-    found(random(33, 4))
-    found.recall(random(33, 4))
+    with unpacked():
+        found(random(33, 4))
+        found.recall(random(33, 4))
     assert [len(part) for part in parts] == 2 * [*(6 * [5]), 3] + [*(6 * [5]), 3]
     assert max(part.numel() for part in parts) <= 1000
+
+
+needs_packing = pytest.mark.skipif(not packs(torch.rand(2, 3)), reason="needs oneDNN on an x86 processor")
+
+
+@needs_packing
+@pytest.mark.parametrize(("part", "group"), [(1, 4), (700, 4), (2**22, 4), (2**22, 64), (2**22, 100)])
+@pytest.mark.parametrize("k", [1, 3, 150])
+def test_packed_queries(part: int, group: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounded tables, parts that are whole groups and a shorter last one, and more neighbours than a part has."""
+    sizes = []
+
+    def linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        sizes.append((len(rows), len(weight)))
+        return packed_linear(rows, weight)
+
+    monkeypatch.setattr(module, "linear", linear)
+    for name, value in {"PART": part, "GROUP": group, "ROWS": 40}.items():
+        monkeypatch.setattr(module, name, value)
+    asked, bank = random(70, 12), random(300, 12, seed=1)
+    expected_distances, expected_indices = brute_force(asked, bank, k)
+    for entries in (bank, bank.T.contiguous().T):  # in any layout
+        distances, indices = search_in(entries)(asked, k)
+        np.testing.assert_array_equal(indices.numpy(), expected_indices)
+        np.testing.assert_allclose(distances.double().numpy(), expected_distances, rtol=1e-6)
+    assert {columns for _, columns in sizes} == {40, 30}
+    assert max(rows * columns for rows, columns in sizes) <= max(part, 40 * group)
+    assert len(sizes) > 4 or part == 2**22
+
+
+@pytest.mark.parametrize("entries", [1, 5, 63, 64, 65, 128, 300])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_first_of_equally_near_entries(entries: int, copies: int) -> None:
+    """Whole numbers are compared without rounding."""
+    bank = (2 * random(entries, 6)).round()
+    asked, bank = (2 * random(90, 6, seed=1)).round(), bank.repeat(copies, 1)
+    squares = (asked[:, None] - bank).square().sum(dim=2).numpy()
+    expected = squares.argmin(axis=1)[:, None]  # the first
+    assert copies == 1 or (squares == squares.min(axis=1, keepdims=True)).sum() >= copies * 90
+    with unpacked():
+        np.testing.assert_array_equal(nearest_in_parts(asked, bank, 1).numpy(), expected)
+    np.testing.assert_array_equal(nearest_in_parts(asked, bank, 1).numpy(), expected)
+    np.testing.assert_array_equal(nearest_in_groups(asked, bank).numpy(), expected)
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -354,13 +401,35 @@ def test_search_without_faiss(search: str) -> None:
 
 
 def test_auto_uses_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fixed rule, that of docs/search.md: but for many queries on x86 CPUs, in float32."""
+
     def refuse(*_arguments) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(module, "nearest_in_torch", refuse)
-    search_in(random(30, 4), "auto")(random(3, 4))
+    monkeypatch.setattr(module, "nearest_in_parts", refuse)
+    bank, few, many = random(50, 4), random(31, 4), random(32, 4)
+    search_in(bank, "auto")(few)
+    with torch.autocast("cpu"):
+        search_in(bank, "auto")(many)
     with pytest.raises(AssertionError):
-        search_in(random(30, 4), "torch")(random(3, 4))
+        search_in(bank, "torch")(few)
+    if packs(bank):
+        with pytest.raises(AssertionError):
+            search_in(bank, "auto")(many)
+        with unpacked(), pytest.raises(AssertionError):  # the same search is counted
+            search_in(bank, "auto")(many)
+    monkeypatch.setattr("anomalib_pack.packing.PROCESSORS", ())
+    search_in(bank, "auto")(many)
+
+
+@needs_packing
+def test_gradients_of_distances() -> None:
+    """Of the distances from what was found; the search itself has none."""
+    asked, bank = random(40, 4).requires_grad_(), random(50, 4, seed=1)
+    distances, indices = search_in(bank)(asked)
+    distances.sum().backward()
+    expected = (asked.detach() - bank[indices[:, 0]]) / distances.detach()
+    torch.testing.assert_close(asked.grad, expected)
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

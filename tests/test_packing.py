@@ -9,9 +9,10 @@ import torch
 from timm.layers import Conv2dSame
 from torch import nn
 
+from anomalib_pack import packing
 from anomalib_pack.efficiency.complexity import flops, profiler_flops
 from anomalib_pack.folding import Folding
-from anomalib_pack.packing import is_packable, linear, pack, pack_matrix, packs, unpacked
+from anomalib_pack.packing import is_packable, linear, pack, pack_matrix, packs, product, unpacked
 
 MAPS = torch.rand(2, 12, 17, 20, generator=torch.Generator().manual_seed(0)) - 0.5
 needs_packing = pytest.mark.skipif(not packs(MAPS), reason="needs oneDNN on an x86 processor")
@@ -63,6 +64,32 @@ def test_matrix() -> None:
     expected = nn.functional.linear(MAPS, weight, bias)
     torch.testing.assert_close(linear(MAPS, pack_matrix(weight), bias), expected, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(linear(MAPS, weight, bias), expected, atol=0, rtol=0)
+
+
+@needs_packing
+def test_products_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed for neither few rows nor few columns, nor where gradients or a program's record are wanted."""
+    calls = []
+    monkeypatch.setattr(packing, "pack_matrix", lambda matrix: calls.append(matrix) or pack_matrix(matrix))
+    rows, matrix = torch.rand(4, 10, 50), torch.rand(50, 60)
+    expected = rows @ matrix
+    torch.testing.assert_close(product(rows, matrix), expected, atol=2e-5, rtol=1e-5)
+    assert len(calls) == 1
+    torch.testing.assert_close(product(rows[0], matrix), expected[0])
+    torch.testing.assert_close(product(rows, matrix[:, :31]), expected[..., :31])
+    with unpacked():
+        torch.testing.assert_close(product(rows, matrix), expected)
+    rows.requires_grad_()
+    product(rows, matrix).sum().backward()
+    torch.testing.assert_close(rows.grad, matrix.sum(dim=1).expand_as(rows))
+    program = torch.export.export(Product(), (rows.detach(), matrix))
+    assert all("mkldnn" not in str(node.target) for node in program.graph.nodes)
+    assert len(calls) == 1
+
+
+class Product(nn.Module):
+    def forward(self, rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        return product(rows, matrix)
 
 
 class Network(nn.Module):

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.functional import conv2d, interpolate
+from torch.nn.functional import interpolate
+
+from anomalib_pack.folding import Folding
 
 AGGREGATIONS = ("patchcore", "channels")
 
@@ -37,9 +39,8 @@ class LocalAggregator(nn.Module):
 
     def __init__(self, channels: Sequence[int], dimension: int, patch_size: int, aggregation: str) -> None:
         super().__init__()
-        self.patch_size = patch_size
-        self.dimension = dimension
         self.parts: list[slice] = []  # of the vector, those to which a block adds something
+        self.convolutions = nn.ModuleList()
         area = patch_size**2
         for block, count in enumerate(channels):
             if aggregation == "patchcore":
@@ -53,17 +54,45 @@ class LocalAggregator(nn.Module):
             else:
                 weight = weight.repeat_interleave(area, dim=1) / area
             self.parts.append(slice(part.start, part.stop))
-            weight = weight.view(len(part), count, patch_size, patch_size)
-            self.register_buffer(f"weight{block}", weight, persistent=False)
+            self.convolutions.append(fixed_convolution(weight.view(len(part), count, patch_size, patch_size)))
+        self.dimension = dimension
+        self._folding = Folding()
 
     def forward(self, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
         """(B, C_k, h_k, w_k) for each block -> (B, D, h_1, w_1), on the first block's grid."""
-        batch_size, _, *grid = blocks[0].shape
-        joined = blocks[0].new_zeros(batch_size, self.dimension, *grid)
-        for number, (block, part) in enumerate(zip(blocks, self.parts, strict=True)):
-            share = conv2d(block, getattr(self, f"weight{number}"), padding=self.patch_size // 2)
-            joined[:, part] += interpolate(share, size=grid, mode="bilinear", align_corners=False)
-        return joined
+        return self._folding.run(self, blocks, LocalAggregator._join)
+
+    def _join(self, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+        shares = [convolution(block) for convolution, block in zip(self.convolutions, blocks, strict=True)]
+        grid = blocks[0].shape[-2:]
+        for number, share in enumerate(shares):
+            if share.shape[-2:] != grid:
+                shares[number] = interpolate(share, size=grid, mode="bilinear", align_corners=False)
+        return side_by_side(shares, self.parts)
+
+
+def fixed_convolution(weight: torch.Tensor) -> nn.Conv2d:
+    """Convolution that keeps the size of maps, with a weight that no state dict holds."""
+    channels, inputs, *sides = weight.shape
+    convolution = nn.Conv2d(inputs, channels, sides, padding=[side // 2 for side in sides], bias=False, device="meta")
+    del convolution.weight
+    convolution.register_buffer("weight", weight, persistent=False)
+    return convolution
+
+
+def side_by_side(shares: Sequence[torch.Tensor], parts: Sequence[slice]) -> torch.Tensor:
+    """Join shares (B, d_k, h, w) of parts of D channels to (B, D, h, w).
+
+    A part begins where the one before ends, or with its last channel, to which both then add.
+    """
+    pieces = [shares[0]]
+    for share, before, part in zip(shares[1:], parts, parts[1:], strict=False):
+        fresh = share[:, before.stop - part.start :]
+        if part.start < before.stop:
+            last = pieces.pop()
+            pieces += [last[:, :-1], last[:, -1:] + share[:, :1]]
+        pieces = [piece for piece in (*pieces, fresh) if piece.shape[1]]  # OpenVINO takes no empty ones
+    return torch.cat(pieces, dim=1)
 
 
 def pooled_values(channels: Sequence[int], patch_size: int, aggregation: str) -> int:

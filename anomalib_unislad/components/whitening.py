@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from anomalib_pack.packing import product
 from anomalib_pack.statistics import in_float64
 
 
@@ -52,7 +53,7 @@ class Whitening(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Transform features (..., D)."""
         if self.enabled:
-            features = (features - self.mean) @ self.matrix  # Eq. 9
+            features = product(features - self.mean, self.matrix)  # Eq. 9
         return normalize(features, dim=-1) if self.unit_length else features  # Eq. 10
 
 

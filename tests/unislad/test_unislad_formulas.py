@@ -98,8 +98,12 @@ BLOCKS = [  # channels, grids, dimension, side
 
 def check_local_features(channels: tuple, grids: tuple, dimension: int, side: int, aggregation: str) -> None:
     blocks = [random(2, count, *grid, seed=count) for count, grid in zip(channels, grids, strict=True)]
-    ours = LocalAggregator(channels, dimension, side, aggregation)(blocks)
+    aggregator = LocalAggregator(channels, dimension, side, aggregation).eval()
+    ours = aggregator(blocks)
     assert ours.shape == (2, dimension, *grids[0])
+    with torch.no_grad():  # packed
+        torch.testing.assert_close(aggregator(blocks), ours, atol=2e-6, rtol=1e-5)
+    assert not aggregator.state_dict()
     for image in range(2):
         if aggregation == "patchcore":
             values = [bilinear(unfold(array(block[image]), side), grids[0]) for block in blocks]
@@ -128,7 +132,7 @@ def test_shares_of_blocks(aggregation: str, expected: list[int]) -> None:
     """How much of 12 values is each block's: an equal share, or one by its channels."""
     channels = (8, 24, 64)
     aggregator = LocalAggregator(channels, 12, 3, aggregation)
-    weights = [getattr(aggregator, f"weight{block}").sum().item() for block in range(3)]
+    weights = [convolution.weight.sum().item() for convolution in aggregator.convolutions]
     assert weights == pytest.approx(expected, rel=1e-5)
 
 
