@@ -18,12 +18,14 @@ from torch import Tensor
 
 from .callbacks import OneFolder, WriteRecords
 from .exporting import (
+    OPSET,
     AntialiasingByProducts,
     check_any_size,
     check_installed,
     giving_extra_outputs,
     images_of_size,
     keep_antialiasing,
+    warnings_alone,
     with_extra_outputs,
 )
 from .feature_cache import FeatureCache
@@ -44,6 +46,10 @@ if TYPE_CHECKING:
 
 class OneClassDefaults:
     """Mixin for models that learn from normal images; stands before ``AnomalibModule``.
+
+    It brings the post-processor that keeps the ranking of scores, metrics for each group, records of each test and
+    prediction, trainings that can be interrupted, refusal of images that would be misread, and exported files that see
+    images as the engine does and say what they are in ``metadata.json``.
 
     Attributes:
         feature_cache: Of a model that is trained on features of a frozen network.
@@ -154,8 +160,9 @@ class OneClassDefaults:
         if input_size is None:
             check_any_size(self.pre_processor)
             check_one_size(self)
-        with AntialiasingByProducts(), giving_extra_outputs(self, extra_outputs):
-            file = super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+        options = {"opset_version": OPSET, **kwargs}
+        with AntialiasingByProducts(), giving_extra_outputs(self, extra_outputs), warnings_alone():
+            file = super().to_onnx(export_root, model_file_name, input_size, **options)
         write_metadata(self, file, input_size)
         return file
 

@@ -8,6 +8,7 @@ OpenVINO files an antialiased interpolation is two matrix products, which all ru
 from __future__ import annotations
 
 import copy
+import logging
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ from torch.nn.functional import interpolate
 from torch.overrides import TorchFunctionMode
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize, Transform
 
+OPSET = (
+    18  # what PyTorch's exporter writes; it tries to convert to a lower one, as Anomalib's 14, and says that it fails
+)
 SPATIAL = (Resize, CenterCrop, ExportableCenterCrop, SquarePad)  # of what Anomalib keeps in checkpoints
 
 
@@ -62,6 +66,23 @@ def check_installed(names: Sequence[str], what: str) -> None:
     if missing:
         msg = f'{what} needs {" and ".join(missing)}: pip install "anomalib-pack[export]".'
         raise ModuleNotFoundError(msg)
+
+
+@contextmanager
+def warnings_alone() -> Iterator[None]:
+    """Let the libraries that write ONNX say no more than warnings, where nobody has asked them for more.
+
+    Anomalib's command shows the information of all libraries, theirs in hundreds of lines.
+    """
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
+    quietened = [logger for logger in loggers if logger.level == logging.NOTSET]
+    for logger in quietened:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger in quietened:
+            logger.setLevel(logging.NOTSET)
 
 
 @contextmanager

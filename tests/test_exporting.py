@@ -1,10 +1,12 @@
 """Resizes in exported files: the weights, and what becomes of pre-processors."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import openvino
+import pack_model
 import pytest
 import torch
 from anomalib.data.transforms import ExportableCenterCrop, SquarePad
@@ -156,3 +158,11 @@ def test_what_to_install_is_said_before_the_conversion(
     with pytest.raises(ModuleNotFoundError, match=r'needs nncf: pip install "anomalib-pack\[export\]"'):
         PackModel().to_openvino(tmp_path, input_size=(32, 32), compression_type=kind)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_says_nothing_of_its_libraries(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Their information is of no use, and they would fail to convert the graph to the opset that Anomalib asks for."""
+    caplog.set_level(logging.INFO)
+    assert pack_model.PackModel().to_onnx(tmp_path).is_file()
+    assert not [record for record in caplog.records if record.name.startswith(("onnx_ir", "onnxscript"))]
+    assert logging.getLogger("onnxscript").level == logging.NOTSET  # as it was
