@@ -95,7 +95,7 @@ def model_class_of(
     if model is None:
         if found is None:
             reason = f"says {stored}, which is not registered with Anomalib" if stored else "does not say its class"
-            msg = f"The checkpoint {path} {reason}: name the model, e.g. --model Patchcore."
+            msg = f"The checkpoint {path} {reason}: name the model, e.g. model='Patchcore' or --model Patchcore."
             raise ValueError(msg)
         return found
     given = _by_name(known, model) if isinstance(model, str) else model

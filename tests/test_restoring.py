@@ -40,7 +40,9 @@ def test_nothing_is_downloaded(patchcore: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_does_not_say_its_class(patchcore: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.ckpt does not say its class: name the model, e\.g\. --model Patchc"):
+    with pytest.raises(
+        ValueError, match=r"model\.ckpt does not say its class: name the model, e\.g\. model='Patchcore' or --model"
+    ):
         model_from_checkpoint(patchcore)
     with pytest.raises(ValueError, match=r"There is no model Pathcore\. .* are AiVad, .*Unislad"):
         model_from_checkpoint(patchcore, "Pathcore")

@@ -40,7 +40,7 @@ class Efficiency(Pipeline):
     def get_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
         """Return a parser for a configuration file whose values options can override."""
         if parser is None:
-            parser = ArgumentParser()
+            parser = ArgumentParser(prog="anomalib efficiency")
             parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path of a YAML file with the options.")
             parser.add_class_arguments(Settings)
         return parser

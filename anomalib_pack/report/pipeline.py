@@ -25,7 +25,7 @@ class Report(Pipeline):
     def get_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
         """Return a parser for the folders of runs, and how large the file may be."""
         if parser is None:
-            parser = ArgumentParser()
+            parser = ArgumentParser(prog="anomalib report")
             parser.add_argument("runs", type=Path, nargs="+", help="Folders of test runs or sweeps.")
             parser.add_argument(
                 "--out",

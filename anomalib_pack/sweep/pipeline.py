@@ -42,6 +42,7 @@ class Sweep(Benchmark):
         """Return a parser for the path of a configuration file, and of a sweep to resume."""
         if parser is None:
             parser = Benchmark.get_parser()
+            parser.prog = "anomalib sweep"
             parser.add_argument(
                 "--resume",
                 type=Path | None,

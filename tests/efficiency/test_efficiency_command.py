@@ -107,7 +107,9 @@ def test_wrong_configuration(
     with pytest.raises(SystemExit) as stop:
         Efficiency().run(parser.parse_args(["--config", str(write(tmp_path, **values))]))
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert "usage: anomalib efficiency [" in said
     assert not (tmp_path / "runs").exists()
 
 

@@ -225,7 +225,10 @@ def test_a_sweep(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = tmp_path / "missing"
-    assert f"There is no folder {missing}. Give the folder of a test run" in refusal(capsys, missing)
+    said = refusal(capsys, missing)
+    assert f"There is no folder {missing}. Give the folder of a test run" in said
+    assert "usage: anomalib report [" in said
+    assert "run: anomalib report --help" in said
     run = small_run(tmp_path / "tray" / "v0")
     assert f"{run.parent} is no run: it has no test_predictions.csv. Do you mean {run}?" in refusal(capsys, run.parent)
     (tmp_path / "empty").mkdir()

@@ -210,7 +210,9 @@ def test_wrong_configuration(here: Path, tray, capsys) -> None:
         with pytest.raises(SystemExit) as stop:
             AnomalibCLI(["sweep", "--config", str(path)])
         assert stop.value.code == 2
-        assert message in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert message in said
+        assert "usage: anomalib sweep --config" in said
     with pytest.raises(SystemExit) as stop:
         AnomalibCLI(["sweep", "--config", "missing.yaml"])
     assert "missing.yaml" in capsys.readouterr().err
