@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -255,9 +255,10 @@ def pack_layers(folded: nn.Module, sizes: dict[str, torch.Size], own: set[str]) 
             pack(layer, size)
             if name in own:
                 layer.weight = None
-    for module in folded.modules():
-        if isinstance(module, PacksItself):
-            module.pack_weights()
+    parts: Iterator[object] = folded.modules()  # of a Module a type checker knows no attribute
+    for part in parts:
+        if isinstance(part, PacksItself):
+            part.pack_weights()
 
 
 def fast_layout(tensor: torch.Tensor) -> torch.memory_format:
