@@ -23,11 +23,12 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_pack.backbones import load_fitting
 from anomalib_pack.checks import require
+from anomalib_pack.folding import Folding
 from anomalib_pack.region import Polygons, WholeImage, build_region
 from anomalib_pack.tiling import TakesTiles
 
 from .anomaly_map import blur, cosine_distance, full_size_map, image_score
-from .components import VARIANTS, Block, ChannelNorm, TimmEncoder, build_encoder, stages
+from .components import VARIANTS, Block, ChannelNorm, FoldedSequential, TimmEncoder, build_encoder, stages
 
 BLOCKS = ("large", "small")
 SIZE_STEP = 32  # stride of the bottleneck: from other sizes the decoder would come back with other grids
@@ -58,16 +59,25 @@ class Bottleneck(nn.Module):
         self.conv3, self.bn3 = halving(second, third), nn.BatchNorm2d(third)
         self.conv4 = halving(3 * third, 2 * third)  # published code: neither norm nor activation behind it
         self.stages = nn.ModuleList([nn.Sequential(*(Block(2 * third, large=False, grn=grn) for _ in range(depth)))])
+        self._folding = Folding()  # of the convolutions alone: the blocks do it themselves
         initialise(self)
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """(B, C_k, h_k, w_k) for three scales -> (B, 2 C_3, h_3 / 2, w_3 / 2)."""
+        return self.stages[0](self._folding.run(self, features, Bottleneck._condense))
+
+    def _condense(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         first, second, third = features
         first = F.relu(self.bn1(self.conv1(first)))  # stride 4 -> 8
         first = F.relu(self.bn2(self.conv2(first)))  # stride 8 -> 16
         second = F.relu(self.bn3(self.conv3(second)))  # stride 8 -> 16
         # In the kernel's layout: its 5.5 million values would else be copied to that of the maps in each pass.
-        return self.stages[0](self.conv4(torch.cat([first, second, third], dim=1).contiguous()))
+        return self.conv4(torch.cat([first, second, third], dim=1).contiguous())
+
+    def train(self, mode: bool = True) -> Bottleneck:
+        """Switch; the folded copy is made anew."""
+        self._folding.clear()
+        return super().train(mode)
 
 
 def halving(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -92,7 +102,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [2 * channels[2], *channels[::-1]]
         self.upsample_layers = nn.ModuleList(
-            nn.Sequential(nn.ConvTranspose2d(wide, narrow, kernel_size=2, stride=2, bias=False), ChannelNorm(narrow))
+            FoldedSequential(nn.ConvTranspose2d(wide, narrow, kernel_size=2, stride=2, bias=False), ChannelNorm(narrow))
             for wide, narrow in pairwise(widths)
         )
         self.stages = stages(depths, channels, large, grn, alternating)

@@ -79,6 +79,16 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
+def linear_gelu(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """``F.gelu(linear(rows, weight, bias))`` of a packed weight, without what is in between as a tensor."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias.contiguous(), "gelu", [], "none")
+
+
+def linear_add(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, summand: torch.Tensor) -> torch.Tensor:
+    """``linear(rows, weight, bias) + summand`` (..., D) of a packed weight, without what is in between as a tensor."""
+    return torch.ops.mkldnn._linear_pointwise.binary(rows, summand, weight, bias.contiguous(), "add")
+
+
 def pays(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether to pack a weight (D, C) for one product with rows (..., C): not for few, nor where it is recorded."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or rows.requires_grad:

@@ -1,15 +1,17 @@
-"""Forward time of MiniMaxAd: merged against branches, and both memory layouts, interleaved in one run.
+"""Forward time of MiniMaxAd: packed against not, merged against branches, and both layouts, interleaved in one run.
 
     python benchmarks/minimaxad_forward.py
     python benchmarks/minimaxad_forward.py --device cuda
 
-Eval mode runs merged blocks, on a CPU with the channels last and elsewhere with the channels first. All variants give
-the same anomaly maps, which is checked. The times are medians; compare them by their ratios only. The last table is
-what asking for the merged network costs in each forward while nothing changes, and what merging costs after a change.
+Eval mode runs merged blocks, on an x86 CPU packed with the channels last and elsewhere with the channels first. All
+variants give the same anomaly maps, which is checked. The times are medians; compare them by their ratios only. The
+last table is what asking for the merged network costs in each forward while nothing changes, and what merging costs
+after a change.
 """
 
 import argparse
 import time
+from contextlib import nullcontext
 from statistics import median
 
 import torch
@@ -17,13 +19,15 @@ from torch import nn
 
 from anomalib_minimaxad.components import Block, blocks
 from anomalib_minimaxad.torch_model import MiniMaxAdModel
+from anomalib_pack.packing import unpacked
 
-# Merged or branches, and the layout.
+# Packed or not, merged or branches, and the layout.
 VARIANTS = {
-    "merged, channels last": (True, torch.channels_last),
-    "merged, channels first": (True, torch.contiguous_format),
-    "branches, channels last": (False, torch.channels_last),
-    "branches, channels first": (False, torch.contiguous_format),
+    "packed, channels last": (nullcontext, True, torch.channels_last),
+    "merged, channels last": (unpacked, True, torch.channels_last),
+    "merged, channels first": (unpacked, True, torch.contiguous_format),
+    "branches, channels last": (unpacked, False, torch.channels_last),
+    "branches, channels first": (unpacked, False, torch.contiguous_format),
 }
 
 
@@ -54,13 +58,15 @@ def measure(model: MiniMaxAdModel, images: torch.Tensor, repeats: int) -> list[f
     expected = model(images).anomaly_map
     default = blocks.fast_layout
     for _ in range(repeats + 1):
-        for (merged, layout), record in zip(VARIANTS.values(), times, strict=True):
+        for (packing, merged, layout), record in zip(VARIANTS.values(), times, strict=True):
             blocks.fast_layout = lambda _maps, layout=layout: layout
             for block in all_blocks(model):
                 block.training = not merged  # its BatchNorms stay in eval mode
-            start = now(images)
-            result = model(images)
-            record.append(now(images) - start)
+            with packing():
+                model(images[:1])  # merges and packs anew
+                start = now(images)
+                result = model(images)
+                record.append(now(images) - start)
             torch.testing.assert_close(result.anomaly_map, expected, atol=1e-4, rtol=0)
     blocks.fast_layout = default
     for block in all_blocks(model):
@@ -68,8 +74,11 @@ def measure(model: MiniMaxAdModel, images: torch.Tensor, repeats: int) -> list[f
     return [median(record[1:]) for record in times]  # without the warm-up
 
 
+@torch.no_grad()
 def asking(model: nn.Module) -> float:
     """Milliseconds for all blocks to find that what they merged still holds."""
+    for block in all_blocks(model):
+        block.merged()
     start = time.perf_counter()
     for _ in range(100):
         for block in all_blocks(model):
@@ -77,8 +86,9 @@ def asking(model: nn.Module) -> float:
     return 10 * (time.perf_counter() - start)
 
 
+@torch.no_grad()
 def merging(model: nn.Module) -> float:
-    """Milliseconds to merge all blocks."""
+    """Milliseconds to merge all blocks, and to pack them where they are."""
     times = []
     for _ in range(5):
         model.train().eval()

@@ -4,13 +4,14 @@
 - ``encoder.py``: the frozen encoders and their weights.
 """
 
-from .blocks import Block, ChannelNorm, GlobalResponseNorm
+from .blocks import Block, ChannelNorm, FoldedSequential, GlobalResponseNorm
 from .encoder import VARIANTS, TimmEncoder, UniRepLKNet, build_encoder, stages
 
 __all__ = [
     "VARIANTS",
     "Block",
     "ChannelNorm",
+    "FoldedSequential",
     "GlobalResponseNorm",
     "TimmEncoder",
     "UniRepLKNet",

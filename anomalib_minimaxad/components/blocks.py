@@ -4,7 +4,8 @@ Status: exact to the published code, merged or not. Parameters have its names.
 
 In training a block runs its branches. In eval mode it runs a merged copy of itself, with the same outputs (to 1e-4) in
 a fraction of the time: the branches become one depthwise convolution, BatchNorms, layer scale and GRN's shift become
-part of the layer before or behind them.
+part of the layer before or behind them. Without gradients, on x86 CPUs, the linear layers are packed as well, see
+``anomalib_pack.packing``.
 
 Shapes: B images, C channels, h x w locations.
 """
@@ -18,7 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_pack.folding import stamps
+from anomalib_pack.folding import Folding, stamps
+from anomalib_pack.packing import linear_add, linear_gelu, pack_matrix, packs
 
 LARGE_KERNEL = 13  # Sec. 3.3; the small kernel is 3
 # Kernel size and dilation of the branches beside a 13 x 13 kernel; UniRepLKNet's published table.
@@ -26,6 +28,24 @@ DILATED_BRANCHES = ((5, 1), (7, 2), (3, 3), (3, 4), (3, 5))
 EXPANSION = 4  # of the channels between the two linear layers
 SQUEEZE = 4  # by which squeeze-and-excitation divides the channels
 LAYER_SCALE = 1e-6  # at the start of the training
+SQUARES = 2**20  # so many at once stay in a CPU's cache
+
+
+class FoldedSequential(nn.Sequential):
+    """Layers that run folded and packed where nobody needs a gradient, see ``anomalib_pack.folding``."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self._folding = Folding()
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """Run the layers."""
+        return self._folding.run(self, maps, nn.Sequential.forward)
+
+    def train(self, mode: bool = True) -> FoldedSequential:
+        """Switch; the folded copy is made anew."""
+        self._folding.clear()
+        return super().train(mode)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -53,9 +73,19 @@ class GlobalResponseNorm(nn.Module):
 
     def scaled(self, maps: torch.Tensor) -> torch.Tensor:
         """Eq. 5 without beta: (B, h, w, C) -> (B, h, w, C)."""
-        strength = torch.linalg.vector_norm(maps, dim=(1, 2), keepdim=True)  # g_x, (B, 1, 1, C)
+        return self._factors(torch.linalg.vector_norm(maps, dim=(1, 2), keepdim=True)) * maps
+
+    def scale_(self, maps: torch.Tensor) -> torch.Tensor:
+        """:meth:`scaled` in place, without a gradient, in a fraction of the time on a CPU."""
+        rows = maps.flatten(1, 2)
+        parts = rows.split(max(1, SQUARES // (rows.shape[0] * rows.shape[2])), dim=1)
+        squares = torch.stack([part.square().sum(dim=1) for part in parts]).sum(dim=0)  # (B, C)
+        return maps.mul_(self._factors(squares.sqrt()[:, None, None]))
+
+    def _factors(self, strength: torch.Tensor) -> torch.Tensor:
+        """Factors by g_x, both (B, 1, 1, C)."""
         relative = strength / (strength.mean(dim=3, keepdim=True) + 1e-6)  # n_x, Eq. 4; published epsilon
-        return (self.gamma * relative + 1) * maps
+        return self.gamma * relative + 1
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """Normalise (B, h, w, C)."""
@@ -164,10 +194,20 @@ class Merged(NamedTuple):
     bias: torch.Tensor  # (C,)
 
 
+class Packed(NamedTuple):
+    """Parameters of a merged block whose linear layers are packed."""
+
+    kernel: torch.Tensor  # (C, 1, k, k)
+    kernel_bias: torch.Tensor  # (C,)
+    first_weight: torch.Tensor  # (4C, C)
+    weight: torch.Tensor  # (C, 4C)
+    bias: torch.Tensor  # (C,)
+
+
 class Cache(NamedTuple):
     """A merged block with what it was made from, by which is seen whether it still holds."""
 
-    merged: Merged
+    merged: Merged | Packed
     tensors: list[torch.Tensor]  # kept alive, so that no other tensor can pass for one of them
     stamps: list[int]
 
@@ -203,47 +243,59 @@ class Block(nn.Module):
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
         maps = maps.contiguous(memory_format=fast_layout(maps))
-        return maps + (self._branched(maps) if self.training else self._merged(maps, self.merged()))
+        if self.training:
+            return maps + self._branched(maps)
+        merged = self.merged()
+        return self._packed(maps, merged) if isinstance(merged, Packed) else maps + self._merged(maps, merged)
 
     def _branched(self, maps: torch.Tensor) -> torch.Tensor:
         hidden = self.se(self.norm(self.dwconv(maps)))
         return self.gamma.view(1, -1, 1, 1) * self.pwconv2(self.act(self.pwconv1(hidden)))
 
     def _merged(self, maps: torch.Tensor, merged: Merged) -> torch.Tensor:
-        padding = merged.kernel.shape[2] // 2
-        hidden = F.conv2d(maps, merged.kernel, merged.kernel_bias, padding=padding, groups=maps.shape[1])
         gelu, grn = self.act
-        hidden = gelu(self.pwconv1(self.se(hidden)))  # (B, h, w, 4C)
+        hidden = gelu(self.pwconv1(self.se(convolve(maps, merged))))  # (B, h, w, 4C)
         if isinstance(grn, GlobalResponseNorm):
             hidden = grn.scaled(hidden)
         return F.linear(hidden, merged.weight, merged.bias).permute(0, 3, 1, 2)
 
-    def merged(self) -> Merged:
+    def _packed(self, maps: torch.Tensor, packed: Packed) -> torch.Tensor:
+        """Run with the input added; without a new tensor of 4C channels at each step, which a CPU waits for."""
+        to_rows, first = self.pwconv1
+        hidden = linear_gelu(to_rows(self.se(convolve(maps, packed))), packed.first_weight, first.bias)
+        grn = self.act[1]
+        if isinstance(grn, GlobalResponseNorm):
+            hidden = grn.scale_(hidden)
+        return linear_add(hidden, packed.weight, packed.bias, to_rows(maps)).permute(0, 3, 1, 2)
+
+    def merged(self) -> Merged | Packed:
         """Merge the block, or return what was merged before if no parameter and no statistic has changed since.
 
-        An exported program keeps what the block is when it is exported. A compiled one merges in each call, because it
-        cannot see changes.
+        Compiled and exported programs merge by themselves, because they cannot see changes.
         """
-        if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_compiling():
             return self._merge()
-        if torch.compiler.is_compiling():  # the module has an exporter's stand-ins now; the cache has the tensors
-            holds = self._cache is not None and stamps(self._cache.tensors) == self._cache.stamps
-            return self._cache.merged if holds else self._merge()
         groups = [group for part in self._parts for group in (part._parameters, part._buffers)]
         tensors = [tensor for group in groups for tensor in group.values() if tensor is not None]
+        packed = not torch.is_grad_enabled() and not torch.jit.is_tracing() and packs(self.gamma)
         now = stamps(tensors)
-        if self._cache is None or now is None or self._cache.stamps != now:
+        held = self._cache
+        if held is None or now is None or held.stamps != now or isinstance(held.merged, Packed) != packed:
             # Outside inference mode, whose tensors could not take part in a backward pass to the features later.
             with torch.inference_mode(mode=False), torch.no_grad():
-                merged = self._merge()
+                merged = self._pack(self._merge()) if packed else self._merge()
             if now is None:
                 return merged
-            self._cache = Cache(merged, tensors, now)
-        return self._cache.merged
+            self._cache = held = Cache(merged, tensors, now)
+        return held.merged
 
     def _merge(self) -> Merged:
         linear, _, norm = self.pwconv2
         return Merged(*merge_depthwise(self.dwconv, self.norm), *merge_linear(linear, norm, self.gamma, self.act[1]))
+
+    def _pack(self, merged: Merged) -> Packed:
+        first = pack_matrix(self.pwconv1[1].weight)
+        return Packed(merged.kernel, merged.kernel_bias, first, pack_matrix(merged.weight), merged.bias)
 
     def train(self, mode: bool = True) -> Block:
         """Switch between branches and merged copy, which a training makes stale."""
@@ -264,6 +316,12 @@ class Block(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None}  # made again when needed
+
+
+def convolve(maps: torch.Tensor, merged: Merged | Packed) -> torch.Tensor:
+    """Depthwise convolution of a merged block, (B, C, h, w) -> (B, C, h, w)."""
+    padding = merged.kernel.shape[2] // 2
+    return F.conv2d(maps, merged.kernel, merged.kernel_bias, padding=padding, groups=maps.shape[1])
 
 
 def fast_layout(maps: torch.Tensor) -> torch.memory_format:

@@ -21,7 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_pack.backbones import FrozenBackbone, check_name, load_fitting, read_state_dict
 from anomalib_pack.checks import require
 
-from .blocks import Block, ChannelNorm
+from .blocks import Block, ChannelNorm, FoldedSequential
 
 logger = logging.getLogger(__name__)
 
@@ -110,12 +110,12 @@ class UniRepLKNet(nn.Module):
         self.file = file if large and grn else None
         self.downsample_layers = nn.ModuleList(
             [
-                nn.Sequential(
+                FoldedSequential(
                     downsampling(3, width // 2), ChannelNorm(width // 2), nn.GELU(),
                     downsampling(width // 2, width), ChannelNorm(width),
                 ),
-                nn.Sequential(downsampling(width, 2 * width), ChannelNorm(2 * width)),
-                nn.Sequential(downsampling(2 * width, 4 * width), ChannelNorm(4 * width)),
+                FoldedSequential(downsampling(width, 2 * width), ChannelNorm(2 * width)),
+                FoldedSequential(downsampling(2 * width, 4 * width), ChannelNorm(4 * width)),
             ]
         )  # fmt: skip
         self.stages = stages(depths, self.channels, large, grn, alternating)

@@ -17,12 +17,15 @@ from watch import Watch
 
 from anomalib_minimaxad import MiniMaxAd
 from anomalib_minimaxad.components import Block, UniRepLKNet
+from anomalib_minimaxad.components.blocks import Packed
 from anomalib_minimaxad.components.encoder import VARIANTS
 from anomalib_minimaxad.loss import MiniMaxAdLoss
 from anomalib_minimaxad.torch_model import Bottleneck, Decoder, MiniMaxAdModel
 from anomalib_pack.data import MVTecLoco
+from anomalib_pack.packing import packs, unpacked
 
 SMALL = {"encoder": "unireplknet_a", "weights": None}
+needs_packing = pytest.mark.skipif(not packs(torch.ones(1)), reason="needs oneDNN on an x86 processor")
 
 
 def network(**arguments) -> MiniMaxAdModel:
@@ -152,8 +155,8 @@ def test_changes_through_data_are_noticed_at_a_switch() -> None:
     model = tiny().eval()
     model(images())
     model.train().eval()
-    for parameter in model.decoder.parameters():
-        parameter.data.mul_(1.5)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.1)
     agrees(model)
 
 
@@ -211,7 +214,8 @@ def test_copies_change_alone() -> None:
 def test_nothing_is_merged_in_half_precision_by_autocast() -> None:
     """What is merged under it is used without it too."""
     model = tiny().eval()
-    expected = [block.merged() for block in blocks(copy.deepcopy(model))]
+    with unpacked():
+        expected = [block.merged() for block in blocks(copy.deepcopy(model))]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours = [block.merged() for block in blocks(model)]
     torch.testing.assert_close(ours, expected, atol=0, rtol=0)
@@ -228,12 +232,57 @@ def test_moving_frees_the_merged_copy() -> None:
 
 
 def test_gradient_reaches_the_features_after_inference_mode() -> None:
-    model = tiny().eval()
-    with torch.inference_mode():
-        model(images())
-    features = [maps.requires_grad_() for maps in model.encoder(images())]
-    model.decoder(model.bottleneck(features))[0].sum().backward()
-    assert all(maps.grad.abs().sum() > 0 for maps in features)
+    """That of the branches, though what the blocks held gives none."""
+    gradients = []
+    for merged in (True, False):
+        model = tiny().eval()
+        with torch.inference_mode():
+            model(images())
+        for block in blocks(model):
+            block.training = not merged  # without its BatchNorms
+        features = [maps.requires_grad_() for maps in model.encoder(images())]
+        model.decoder(model.bottleneck(features))[0].square().sum().backward()
+        gradients.append([maps.grad for maps in features])
+    assert all(gradient.any() for gradient in gradients[0])
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+@needs_packing
+@torch.no_grad()
+@pytest.mark.parametrize("large", [True, False])
+@pytest.mark.parametrize("grn", [True, False])
+def test_packed_block(large: bool, grn: bool) -> None:
+    """Packed where it can be; the same results, also where maps are zero, have one location or another layout."""
+    torch.manual_seed(0)
+    block = Block(8, large, grn)
+    for tensor in block.state_dict().values():
+        tensor.add_(torch.rand(tensor.shape).to(tensor.dtype))
+    block.eval()
+    maps = torch.randn(3, 8, 8, 40)
+    for given in (maps, maps[:1, :, ::2], maps[:, :, :1, :1], maps.transpose(2, 3), 0 * maps, 1e-30 * maps):
+        before = given.clone()
+        with unpacked():
+            expected = block(given)
+            assert not isinstance(block.merged(), Packed)
+        torch.testing.assert_close(block(given), expected, atol=1e-5, rtol=1e-5)
+        assert isinstance(block.merged(), Packed)
+        assert torch.equal(given, before)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = block(maps)
+        with unpacked():
+            torch.testing.assert_close(ours, block(maps), atol=0, rtol=0)
+
+
+@needs_packing
+@torch.no_grad()
+def test_strength_of_large_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GRN squares them part by part."""
+    block = tiny().eval().decoder.stages[1][0]
+    maps = torch.randn(2, 16, 5, 7)
+    expected = block(maps)
+    for number in (1, 200, 1000):
+        monkeypatch.setattr("anomalib_minimaxad.components.blocks.SQUARES", number)
+        torch.testing.assert_close(block(maps), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_state_does_not_change_with_merging() -> None:
@@ -255,6 +304,20 @@ def test_exported_program_is_the_merged_network() -> None:
     assert sum("batch_norm" in str(node.target) for node in calls) == 3  # of the bottleneck's convolutions
     groups = [node.args[6] for node in calls if "conv2d" in str(node.target) and len(node.args) == 7]
     assert len([number for number in groups if number > 1]) == len(blocks(model))  # one depthwise convolution in each
+    assert not any("mkldnn" in str(node.target) for node in calls)
+    tensors = [*program.state_dict.values(), *program.constants.values()]
+    assert not any(tensor.is_mkldnn for tensor in tensors)
+
+
+@torch.no_grad()
+def test_traced_program_is_not_packed() -> None:
+    model = tiny().eval()
+    expected = model(images()).anomaly_map
+    program = torch.jit.trace(model.decoder, model.bottleneck(model.encoder(images())))
+    assert "mkldnn" not in str(program.inlined_graph)
+    features = program(model.bottleneck(model.encoder(images())))
+    torch.testing.assert_close(features, model.decoder(model.bottleneck(model.encoder(images()))), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(images()).anomaly_map, expected, atol=0, rtol=0)
 
 
 @torch.no_grad()
