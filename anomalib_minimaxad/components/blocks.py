@@ -5,7 +5,7 @@ Status: exact to the published code, merged or not. Parameters have its names.
 In training a block runs its branches. In eval mode it runs a merged copy of itself, with the same outputs (to 1e-4) in
 a fraction of the time: the branches become one depthwise convolution, BatchNorms, layer scale and GRN's shift become
 part of the layer before or behind them. Without gradients, on x86 CPUs, the linear layers are packed as well, see
-``anomalib_pack.packing``.
+``anomalib_pack.packing``. Hooks of layers that are merged or packed are not called then.
 
 Shapes: B images, C channels, h x w locations.
 """
@@ -271,13 +271,13 @@ class Block(nn.Module):
     def merged(self) -> Merged | Packed:
         """Merge the block, or return what was merged before if no parameter and no statistic has changed since.
 
-        Compiled and exported programs merge by themselves, because they cannot see changes.
+        Compiled, exported and traced programs merge by themselves, because they cannot see changes.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._merge()
         groups = [group for part in self._parts for group in (part._parameters, part._buffers)]
         tensors = [tensor for group in groups for tensor in group.values() if tensor is not None]
-        packed = not torch.is_grad_enabled() and not torch.jit.is_tracing() and packs(self.gamma)
+        packed = not torch.is_grad_enabled() and packs(self.gamma)
         now = stamps(tensors)
         held = self._cache
         if held is None or now is None or held.stamps != now or isinstance(held.merged, Packed) != packed:
