@@ -27,9 +27,7 @@ from torch.nn.functional import interpolate
 from torch.overrides import TorchFunctionMode
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize, Transform
 
-OPSET = (
-    18  # what PyTorch's exporter writes; it tries to convert to a lower one, as Anomalib's 14, and says that it fails
-)
+OPSET = 18  # what PyTorch writes; to convert a graph to less, as to the 14 that Anomalib asks for, fails aloud
 SPATIAL = (Resize, CenterCrop, ExportableCenterCrop, SquarePad)  # of what Anomalib keeps in checkpoints
 
 
