@@ -63,7 +63,7 @@ def measure(model: MiniMaxAdModel, images: torch.Tensor, repeats: int) -> list[f
             for block in all_blocks(model):
                 block.training = not merged  # its BatchNorms stay in eval mode
             with packing():
-                model(images[:1])  # merges and packs anew
+                model(images[:1])  # merges and packs what is not there
                 start = now(images)
                 result = model(images)
                 record.append(now(images) - start)

@@ -207,7 +207,8 @@ class Packed(NamedTuple):
 class Cache(NamedTuple):
     """A merged block with what it was made from, by which is seen whether it still holds."""
 
-    merged: Merged | Packed
+    merged: Merged  # also what exporters record
+    packed: Packed | None  # once it was needed
     tensors: list[torch.Tensor]  # kept alive, so that no other tensor can pass for one of them
     stamps: list[int]
 
@@ -271,23 +272,28 @@ class Block(nn.Module):
     def merged(self) -> Merged | Packed:
         """Merge the block, or return what was merged before if no parameter and no statistic has changed since.
 
-        Compiled, exported and traced programs merge by themselves, because they cannot see changes.
+        An exported program keeps what the block is when it is exported. A compiled or traced one merges in each call,
+        because it cannot see changes.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing():
             return self._merge()
+        if torch.compiler.is_compiling():  # the module has an exporter's stand-ins now; the cache has the tensors
+            holds = self._cache is not None and stamps(self._cache.tensors) == self._cache.stamps
+            return self._cache.merged if holds else self._merge()
         groups = [group for part in self._parts for group in (part._parameters, part._buffers)]
         tensors = [tensor for group in groups for tensor in group.values() if tensor is not None]
         packed = not torch.is_grad_enabled() and packs(self.gamma)
         now = stamps(tensors)
         held = self._cache
-        if held is None or now is None or held.stamps != now or isinstance(held.merged, Packed) != packed:
+        if held is None or now is None or held.stamps != now:
             # Outside inference mode, whose tensors could not take part in a backward pass to the features later.
             with torch.inference_mode(mode=False), torch.no_grad():
-                merged = self._pack(self._merge()) if packed else self._merge()
-            if now is None:
-                return merged
-            self._cache = held = Cache(merged, tensors, now)
-        return held.merged
+                held = Cache(self._merge(), None, tensors, now or [])
+        if packed and held.packed is None:
+            held = held._replace(packed=self._pack(held.merged))
+        if now is not None:
+            self._cache = held
+        return held.packed if packed else held.merged
 
     def _merge(self) -> Merged:
         linear, _, norm = self.pwconv2
