@@ -5,7 +5,7 @@ Status: exact to the published code, merged or not. Parameters have its names.
 In training a block runs its branches. In eval mode it runs a merged copy of itself, with the same outputs (to 1e-4) in
 a fraction of the time: the branches become one depthwise convolution, BatchNorms, layer scale and GRN's shift become
 part of the layer before or behind them. Without gradients, on x86 CPUs, the linear layers are packed as well, see
-``anomalib_pack.packing``. Hooks of layers that are merged or packed are not called then.
+``anomalib_pack.packing``, unless somebody watches one by a hook. Hooks of merged layers are called in training only.
 
 Shapes: B images, C channels, h x w locations.
 """
@@ -282,7 +282,7 @@ class Block(nn.Module):
             return self._cache.merged if holds else self._merge()
         groups = [group for part in self._parts for group in (part._parameters, part._buffers)]
         tensors = [tensor for group in groups for tensor in group.values() if tensor is not None]
-        packed = not torch.is_grad_enabled() and packs(self.gamma)
+        packed = not torch.is_grad_enabled() and packs(self.gamma) and not self._hooked()
         now = stamps(tensors)
         held = self._cache
         if held is None or now is None or held.stamps != now:
@@ -294,6 +294,11 @@ class Block(nn.Module):
         if now is not None:
             self._cache = held
         return held.packed if packed else held.merged
+
+    def _hooked(self) -> bool:
+        """Whether somebody watches modules that a merged block calls, and a packed one does not."""
+        parts = (self.pwconv1, *self.pwconv1, self.act[0])
+        return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
 
     def _merge(self) -> Merged:
         linear, _, norm = self.pwconv2

@@ -275,6 +275,19 @@ def test_packed_block(large: bool, grn: bool) -> None:
 
 @needs_packing
 @torch.no_grad()
+@pytest.mark.parametrize("part", ["pwconv1", "pwconv1.1", "act.0"])
+def test_watched_layers_are_called(part: str) -> None:
+    block, maps, seen = Block(8, large=True, grn=True).eval(), torch.randn(1, 8, 8, 8), []
+    handle = block.get_submodule(part).register_forward_hook(lambda *arguments: seen.append(arguments[2]))
+    expected = block(maps)
+    assert len(seen) == 1
+    handle.remove()
+    torch.testing.assert_close(block(maps), expected, atol=1e-5, rtol=1e-5)
+    assert len(seen) == 1
+
+
+@needs_packing
+@torch.no_grad()
 def test_strength_of_large_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     """GRN squares them part by part."""
     block = tiny().eval().decoder.stages[1][0]
