@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from timm.layers import Conv2dSame, pad_same
@@ -72,9 +72,19 @@ def pack_matrix(weight: torch.Tensor, rows: int | None = None) -> torch.Tensor:
 
 
 def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``F.linear`` of rows (..., C) with a weight (D, C) that may be packed, and a bias (D,)."""
-    if not weight.is_mkldnn:
-        return F.linear(rows, weight, bias)
+    """``F.linear`` of rows (..., C) with a weight (D, C) that may be packed, and a bias (D,).
+
+    With gradients all products are oneDNN's where weights would be packed without.
+    """
+    if weight.is_mkldnn:
+        return _multiply(rows, weight, bias)
+    if _trains(rows, weight):
+        result = OnednnLinear.apply(rows.reshape(-1, rows.shape[-1]), weight.contiguous(), bias)
+        return result.view(*rows.shape[:-1], -1)  # here, so that it can be written to
+    return F.linear(rows, weight, bias)
+
+
+def _multiply(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     bias = None if bias is None else bias.contiguous()  # oneDNN does not look
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
@@ -99,6 +109,58 @@ def pays(rows: torch.Tensor, weight: torch.Tensor) -> bool:
 def product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """``rows @ matrix`` of (..., C) and (C, D), packed where that pays."""
     return linear(rows, pack_matrix(matrix.T)) if pays(rows, matrix.T) else rows @ matrix
+
+
+def _trains(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad) and packs(weight) and not recorded
+
+
+class OnednnLinear(torch.autograd.Function):
+    """``F.linear`` by oneDNN, which is given the weight as it is, also transposed. So are its gradients."""
+
+    @staticmethod
+    def forward(context: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Multiply.
+
+        Args:
+            context: For the backward pass.
+            rows: (R, C).
+            weight: (D, C), contiguous, or the transpose of such a matrix.
+            bias: (D,), or ``None``.
+
+        Returns:
+            (R, D).
+        """
+        context.save_for_backward(rows, weight)
+        return _multiply(rows, weight, bias)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of rows, weight and bias, which have gradients themselves."""
+        rows, weight = context.saved_tensors
+        of_rows, of_weight, of_bias = context.needs_input_grad
+        ours, theirs = gradient.contiguous().t(), rows.contiguous().t()  # (D, R), (C, R)
+        return (
+            OnednnLinear.apply(gradient, weight.contiguous().t(), None) if of_rows else None,
+            _outer(ours, theirs) if of_weight else None,
+            ours.sum(1) if of_bias else None,
+        )
+
+
+def _outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Multiply left (D, R) and right (C, R): (D, C). The first factor is copied: the smaller one."""
+    if len(left) > len(right):
+        return OnednnLinear.apply(right, left, None).t()
+    return OnednnLinear.apply(left, right, None)
+
+
+class Linear(nn.Linear):
+    """A linear layer that is trained by :func:`linear`."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Multiply rows (..., C): (..., D)."""
+        return linear(rows, self.weight, self.bias)
 
 
 def pack(layer: nn.Module, size: Sequence[int]) -> None:
@@ -159,6 +221,7 @@ def _run(
 
 FORWARDS: dict[type[nn.Module], Callable] = {
     nn.Linear: _linear,
+    Linear: _linear,
     nn.Conv2d: _convolution,
     Conv2dSame: _same_convolution,
     nn.ConvTranspose2d: _transposed_convolution,

@@ -23,6 +23,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_pack.backbones import Backbone, FrozenBackbone
 from anomalib_pack.checks import require
 from anomalib_pack.folding import Folding
+from anomalib_pack.packing import Linear
 from anomalib_pack.region import Polygons, build_region
 from anomalib_pack.tiling import TakesTiles
 
@@ -119,7 +120,7 @@ class FeatureReconstruction(nn.Module):
         self.jitter_scale = jitter_scale
         self.jitter_prob = jitter_prob
         tokens = grid[0] * grid[1]
-        self.input_proj = nn.Linear(channels, hidden_dim)
+        self.input_proj = Linear(channels, hidden_dim)
         self.baseline: nn.Module | None = None
         if reconstruction == "mlp":
             self.baseline = Mlp(tokens, hidden_dim, dim_feedforward, num_layers, dropout)
@@ -130,7 +131,7 @@ class FeatureReconstruction(nn.Module):
             self.transformer = Transformer(
                 tokens, hidden_dim, num_heads, dim_feedforward, num_layers, dropout, query, decoder
             )
-        self.output_proj = nn.Linear(hidden_dim, channels)
+        self.output_proj = Linear(hidden_dim, channels)
         masks = any(masked) and self.baseline is None
         self.register_buffer("mask", neighbor_mask(grid, neighbors) if masks else None, persistent=False)
         for module in self.modules():

@@ -12,7 +12,7 @@ from torch import nn
 from anomalib_pack import packing
 from anomalib_pack.efficiency.complexity import flops, profiler_flops
 from anomalib_pack.folding import Folding
-from anomalib_pack.packing import is_packable, linear, pack, pack_matrix, packs, product, unpacked
+from anomalib_pack.packing import Linear, is_packable, linear, pack, pack_matrix, packs, product, unpacked
 
 MAPS = torch.rand(2, 12, 17, 20, generator=torch.Generator().manual_seed(0)) - 0.5
 needs_packing = pytest.mark.skipif(not packs(MAPS), reason="needs oneDNN on an x86 processor")
@@ -32,6 +32,7 @@ needs_packing = pytest.mark.skipif(not packs(MAPS), reason="needs oneDNN on an x
         partial(nn.ConvTranspose2d, 12, 8, 2, stride=2),
         partial(nn.ConvTranspose2d, 12, 8, 3, stride=2, padding=1, output_padding=1, groups=2),
         partial(nn.Linear, 20, 7),
+        partial(Linear, 20, 7),
     ],
     ids=str,
 )
@@ -90,6 +91,56 @@ def test_products_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
 class Product(nn.Module):
     def forward(self, rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         return product(rows, matrix)
+
+
+def onednns(result: torch.Tensor) -> bool:
+    """Whether a result of ``linear`` is oneDNN's, with gradients."""
+    function = result.grad_fn
+    return function is not None and "OnednnLinear" in str(function.next_functions[0][0])
+
+
+@needs_packing
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("channels", [5, 20, 70])
+@pytest.mark.parametrize("rows", [MAPS, MAPS.mT.contiguous().mT, MAPS[0, 0, 0], MAPS[:, :1].expand(MAPS.shape)])
+def test_products_and_gradients(rows: torch.Tensor, channels: int, bias: bool) -> None:
+    """Those of ``F.linear`` in double precision, also second ones and those of a result that is written to."""
+    torch.manual_seed(0)
+    inputs = [rows, torch.randn(3, channels, 20)[1], torch.randn(channels, 2)[:, 0]][: 2 + bias]
+
+    def run(function: Callable, precision: torch.dtype) -> list[torch.Tensor]:
+        given = [tensor.to(precision).detach().requires_grad_() for tensor in inputs]
+        result = function(*given)
+        assert onednns(result) == (function is linear)
+        result = nn.functional.relu(result, inplace=True)
+        once = torch.autograd.grad(result.square().sum() + result.sum(), given, create_graph=True)
+        twice = torch.autograd.grad(once[0].square().sum() + once[1].sum(), given[:2])
+        return [result, *once, *twice]
+
+    for ours, expected in zip(run(linear, torch.float), run(nn.functional.linear, torch.double), strict=True):
+        atol = 1e-5 * expected.abs().max().item()
+        torch.testing.assert_close(ours.double(), expected, atol=atol, rtol=0)
+
+
+@needs_packing
+def test_where_products_are_onednns() -> None:
+    """In float32 with gradients, and of these only what is needed."""
+    layer = Linear(20, 7)
+    assert onednns(layer(MAPS))
+    assert not onednns(copy.deepcopy(layer).double()(MAPS.double()))
+    assert not onednns(copy.deepcopy(layer).requires_grad_(False)(MAPS))
+    with unpacked():
+        assert not onednns(layer(MAPS))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(MAPS).dtype == torch.bfloat16
+    with torch.no_grad():
+        torch.testing.assert_close(layer(MAPS), nn.functional.linear(MAPS, layer.weight, layer.bias), atol=0, rtol=0)
+    program = torch.export.export(layer, (MAPS,))
+    assert "mkldnn" not in str(program.graph)
+    layer.requires_grad_(False)
+    maps = MAPS.clone().requires_grad_()
+    layer(maps).sum().backward()
+    torch.testing.assert_close(maps.grad, layer.weight.sum(0).expand_as(maps), atol=1e-5, rtol=1e-5)
 
 
 class Network(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_pack.packing import linear, pack_matrix
+from anomalib_pack.packing import Linear, linear, pack_matrix
 
 from .dropout import draw, draws_quickly
 
@@ -144,7 +144,7 @@ class Attention(nn.Module):
         self.dropout = dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * channels, channels))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * channels))
-        self.out_proj = nn.Linear(channels, channels)
+        self.out_proj = Linear(channels, channels)
         nn.init.xavier_uniform_(self.in_proj_weight)  # of the joined matrix, as nn.MultiheadAttention does
         self._packed: list[torch.Tensor] | None = None
 

@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torchvision.models.resnet import BasicBlock
 
+from anomalib_pack.packing import Linear
+
 from .transformer import Transformer
 
 RESNET34_BLOCKS = (3, 4, 6, 3)  # of its four stages
@@ -28,7 +30,7 @@ class Projection(nn.Module):
     def __init__(self, channels: int, cross: bool) -> None:
         super().__init__()
         self.cross = cross
-        self.linear = nn.Linear((2 if cross else 1) * channels, channels)
+        self.linear = Linear((2 if cross else 1) * channels, channels)
         self.norm = nn.LayerNorm(channels)
 
     def forward(

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_pack.packing import Linear
+
 from .attention import Attention
 from .dropout import Dropout
 
@@ -44,8 +46,8 @@ class EncoderLayer(nn.Module):
     def __init__(self, channels: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.self_attn = Attention(channels, heads, dropout)
-        self.linear1 = nn.Linear(channels, hidden)
-        self.linear2 = nn.Linear(hidden, channels)
+        self.linear1 = Linear(channels, hidden)
+        self.linear2 = Linear(hidden, channels)
         self.norm1 = nn.LayerNorm(channels)
         self.norm2 = nn.LayerNorm(channels)
         self.dropout = Dropout(dropout)

@@ -13,7 +13,7 @@ from watch import Watch
 
 from anomalib_pack.backbones import Backbone
 from anomalib_pack.data import MVTecLoco
-from anomalib_pack.packing import packs
+from anomalib_pack.packing import packs, unpacked
 from anomalib_uniad import Uniad
 from anomalib_uniad.torch_model import UniadModel
 
@@ -316,3 +316,20 @@ def test_all_products_with_weights_are_packed() -> None:
     assert "aten::addmm" not in names
     program = torch.export.export(model, (images(),), strict=False)
     assert not any("mkldnn" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize("reconstruction", ["transformer", "mlp"])
+def test_gradients_by_other_products(reconstruction: str) -> None:
+    """A training step's gradients are those with PyTorch's usual products."""
+    model = network(reconstruction=reconstruction).train()
+    features = model.features(images())
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        loss = nn.functional.mse_loss(model.reconstruct(features).reconstruction, features)
+        return list(torch.autograd.grad(loss, list(model.reconstruction.parameters())))
+
+    with unpacked():
+        expected = gradients()
+    for ours, theirs in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item() + 1e-8, rtol=0)
