@@ -54,13 +54,14 @@ def measure(model: UniadModel, call: Callable[[], torch.Tensor], arguments: argp
     foldings, unfolded = (model.backbone._folding, model._folding), Unfolded()
     times: list[list[float]] = [[] for _ in variants]
     expected = call()
+    torch.testing.assert_close(loop_mask(model.grid, arguments.device), model.reconstruction.mask, atol=0, rtol=0)
     for _ in range(arguments.repeats):
         for variant, record in zip(variants, times, strict=True):
             kernel: AbstractContextManager = sdpa_kernel(SDPBackend.MATH) if "weights" in variant else nullcontext()
             model.backbone._folding, model._folding = 2 * [unfolded] if "networks" in variant else foldings
             start = now(arguments.device)
             if "mask" in variant:
-                model.reconstruction.mask = loop_mask(model.grid, arguments.device)
+                loop_mask(model.grid, arguments.device)
             with kernel:
                 result = call()
             record.append(now(arguments.device) - start)
