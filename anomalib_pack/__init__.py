@@ -25,6 +25,7 @@ A map::
         region.py           what of an image is inspected, so that nothing else counts
         blur.py             Gaussian blur of maps
         folding.py          networks with BatchNorms folded into convolutions for inference
+        packing.py          weights in the layout in which a CPU computes, and products with them
         precision.py        what stays in float32 in a network of half precision
         explaining.py       which branch of a model fired, in words
 

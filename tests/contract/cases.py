@@ -192,6 +192,7 @@ CASES = {
             "index": "flat",  # exact, as exports are
         },
         epochs=1,
+        slow_checks=("test_exports", "test_two_processes_measure_what_one_does"),
         impossible={
             "region": [[[0.0, 0.0], [1.0, 1.0]]],  # two points
             "backbone": "no_such_network",
