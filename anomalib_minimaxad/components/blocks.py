@@ -293,7 +293,7 @@ class Block(nn.Module):
             held = held._replace(packed=self._pack(held.merged))
         if now is not None:
             self._cache = held
-        return held.packed if packed else held.merged
+        return held.packed if packed and held.packed is not None else held.merged
 
     def _hooked(self) -> bool:
         """Whether somebody watches modules that a merged block calls, and a packed one does not."""
