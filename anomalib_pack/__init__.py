@@ -68,6 +68,7 @@ A map::
 
     Small tools
         files.py            files and folders that are whole or absent
+        loggers.py          other libraries' loggers, for a while
         tables.py           tables as plain text
         statistics.py       mean and deviation of channels over many images
         quantiles.py        quantiles of any number of scores

@@ -25,10 +25,11 @@ from .exporting import (
     giving_extra_outputs,
     images_of_size,
     keep_antialiasing,
-    warnings_alone,
+    unasked,
     with_extra_outputs,
 )
 from .feature_cache import FeatureCache
+from .loggers import warnings_alone
 from .metadata import write_metadata
 from .metrics import GroupEvaluator, default_test_metrics
 from .pictures import SparesMetrics
@@ -161,7 +162,7 @@ class OneClassDefaults:
             check_any_size(self.pre_processor)
             check_one_size(self)
         options = {"opset_version": OPSET, **kwargs}
-        with AntialiasingByProducts(), giving_extra_outputs(self, extra_outputs), warnings_alone():
+        with AntialiasingByProducts(), giving_extra_outputs(self, extra_outputs), warnings_alone(*unasked()):
             file = super().to_onnx(export_root, model_file_name, input_size, **options)
         write_metadata(self, file, input_size)
         return file

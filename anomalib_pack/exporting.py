@@ -66,21 +66,9 @@ def check_installed(names: Sequence[str], what: str) -> None:
         raise ModuleNotFoundError(msg)
 
 
-@contextmanager
-def warnings_alone() -> Iterator[None]:
-    """Let the libraries that write ONNX say no more than warnings, where nobody has asked them for more.
-
-    Anomalib's command shows the information of all libraries, theirs in hundreds of lines.
-    """
-    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
-    quietened = [logger for logger in loggers if logger.level == logging.NOTSET]
-    for logger in quietened:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for logger in quietened:
-            logger.setLevel(logging.NOTSET)
+def unasked() -> list[str]:
+    """Loggers of the libraries that write ONNX in whose hundreds of lines nobody has shown an interest."""
+    return [name for name in ("onnx_ir", "onnxscript") if logging.getLogger(name).level == logging.NOTSET]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -87,7 +87,7 @@ class Folding:
         if torch.is_grad_enabled() or any(module.training for module in modules):
             self.clear()
             return call(network, inputs)
-        if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+        if has_hooks(modules):
             return call(network, inputs)  # hooks see what each module itself gives
         return call(self._folded(network, modules, inputs, call), inputs)
 
@@ -139,6 +139,11 @@ def all_modules(network: nn.Module) -> list[nn.Module]:
     for module in found:  # which grows
         found += [child for child in module._modules.values() if child is not None]
     return found
+
+
+def has_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Whether somebody sees what one of these modules takes or gives."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 FunctionCall = tuple[Callable, list[torch.Tensor], Any]  # function, tensors it takes, and result

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_pack.folding import Folding, stamps
+from anomalib_pack.folding import Folding, has_hooks, stamps
 from anomalib_pack.packing import linear_add, linear_gelu, pack_matrix, packs
 
 LARGE_KERNEL = 13  # Sec. 3.3; the small kernel is 3
@@ -282,7 +282,8 @@ class Block(nn.Module):
             return self._cache.merged if holds else self._merge()
         groups = [group for part in self._parts for group in (part._parameters, part._buffers)]
         tensors = [tensor for group in groups for tensor in group.values() if tensor is not None]
-        packed = not torch.is_grad_enabled() and packs(self.gamma) and not self._hooked()
+        left_out = (self.pwconv1, *self.pwconv1, self.act[0])  # what a merged block calls, and a packed one does not
+        packed = not torch.is_grad_enabled() and packs(self.gamma) and not has_hooks(left_out)
         now = stamps(tensors)
         held = self._cache
         if held is None or now is None or held.stamps != now:
@@ -294,11 +295,6 @@ class Block(nn.Module):
         if now is not None:
             self._cache = held
         return held.packed if packed and held.packed is not None else held.merged
-
-    def _hooked(self) -> bool:
-        """Whether somebody watches modules that a merged block calls, and a packed one does not."""
-        parts = (self.pwconv1, *self.pwconv1, self.act[0])
-        return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
 
     def _merge(self) -> Merged:
         linear, _, norm = self.pwconv2

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from anomalib_pack.loggers import warnings_alone
 from anomalib_pack.sweep.components import build_component, find_class, without_defaults
 from anomalib_pack.sweep.experiment import is_stock, one_line
 from anomalib_pack.sweep.results import is_done
@@ -46,7 +44,7 @@ def rehearse(experiments: list[Experiment]) -> None:
     """
     console = Console()
     models = _distinct("model", [model_of_test(each, test) for each in experiments for test in ("", *each.tests)])
-    with _quiet("anomalib"):  # which has a line for each model
+    with warnings_alone("anomalib"):  # which has a line for each model
         built = [_build_model(model) for model in models]
     data = [
         part
@@ -62,18 +60,6 @@ def rehearse(experiments: list[Experiment]) -> None:
     )
     for reason in dict.fromkeys(filter(None, built)):
         console.print(f"Not built, class and arguments alone: {reason}", markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Show warnings of a logger alone, for as long as it takes."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _distinct(section: str, given: list[Config]) -> list[Config]:
