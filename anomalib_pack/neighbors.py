@@ -105,7 +105,11 @@ class NearestNeighbors(nn.Module):
         require("k", k, 1 <= k <= entries, f"at least 1 and at most the number of entries of the bank, {entries}")
         bank, queries = self.bank.float(), queries.float()
         if torch.compiler.is_exporting():
-            indices = nearest_in_groups(queries, bank) if k == 1 else nearest_in_torch(queries, bank, k)
+            if k == 1:
+                bank = whole_groups(bank)  # here, so that a file holds this one alone
+                indices = nearest_in_groups(queries, bank).clamp(max=entries - 1)
+            else:
+                indices = nearest_in_torch(queries, bank, k)
             return torch.linalg.vector_norm(queries.unsqueeze(1) - bank[indices], dim=2), indices
         indices = self._indices(queries.contiguous(), bank, k)
         distances = [
@@ -174,15 +178,22 @@ def nearest_in_torch(queries: torch.Tensor, bank: torch.Tensor, k: int, rows: in
     return torch.cat([table.topk(k, dim=1, largest=False).indices for table in tables])
 
 
+def whole_groups(bank: torch.Tensor) -> torch.Tensor:
+    """A bank (n, D) whose last entry is repeated until there are whole groups of ``GROUP``."""
+    rest = -len(bank) % GROUP
+    return torch.cat([bank, bank[-1:].expand(rest, -1)]) if rest else bank
+
+
 def nearest_in_groups(queries: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-    """The same for one neighbour, in steps that OpenVINO, too, computes fast: it sorts for the place of a minimum."""
-    entries = len(bank)
-    if rest := -entries % GROUP:
-        bank = torch.cat([bank, bank[-1:].expand(rest, -1)])  # whole groups
+    """Indices (Q, 1) of the nearest entries of :func:`whole_groups` of a bank (n, D) to queries (Q, D).
+
+    In steps that OpenVINO, too, computes fast: it sorts for the place of a minimum.
+    """
+    bank = whole_groups(bank)
     table = torch.addmm(bank.square().sum(dim=1) / 2, queries, bank.T, alpha=-1).unflatten(1, (-1, GROUP))
     group = table.amin(dim=2).argmin(dim=1, keepdim=True)
     members = table.gather(1, group.unsqueeze(2).expand(-1, 1, GROUP)).squeeze(1)
-    return (group * GROUP + members.argmin(dim=1, keepdim=True)).clamp(max=entries - 1)
+    return group * GROUP + members.argmin(dim=1, keepdim=True)
 
 
 def nearest_in_parts(queries: torch.Tensor, bank: torch.Tensor, k: int) -> torch.Tensor:
